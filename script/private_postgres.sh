@@ -1,0 +1,82 @@
+# A PostgreSQL tree and clusters of our own, sourced by demo, test and bench.
+#
+# The tree has copies of the server's programs and links to everything else. PostgreSQL
+# finds its files relative to its program, so keyvault installs into the tree and the
+# system's own PostgreSQL is neither changed nor disturbed.
+
+PG_MAJOR=${PG_MAJOR:-15}
+PG_SYSTEM_BIN=/usr/lib/postgresql/$PG_MAJOR/bin
+
+die() {
+	echo "$0: $*" >&2
+	exit 1
+}
+
+# Run a command as the user that PostgreSQL runs as: it refuses to run as root.
+as_postgres() {
+	if [ "$(id -u)" = 0 ]; then
+		runuser -u postgres -- "$@"
+	else
+		"$@"
+	fi
+}
+
+# private_tree DIR: make the tree, and set PG_BIN to its programs.
+private_tree() {
+	local tree=$1 directory
+	[ -x "$PG_SYSTEM_BIN/pg_config" ] || die "PostgreSQL $PG_MAJOR is not installed: run script/bootstrap"
+	PG_BIN=$tree/usr/lib/postgresql/$PG_MAJOR/bin
+	mkdir -p "$tree/usr/share/postgresql" "$tree/usr/lib/postgresql/$PG_MAJOR" "$tree/usr/share/doc"
+	cp -rL "$PG_SYSTEM_BIN" "$tree/usr/lib/postgresql/$PG_MAJOR/bin"
+	cp -rs "/usr/lib/postgresql/$PG_MAJOR/lib" "$tree/usr/lib/postgresql/$PG_MAJOR/lib"
+	cp -rs "/usr/share/postgresql/$PG_MAJOR" "$tree/usr/share/postgresql/$PG_MAJOR"
+	# keyvault of an earlier installation stays outside.
+	find "$tree" -name 'keyvault*' -delete
+	for directory in /usr/include /usr/lib/"$(gcc -print-multiarch)"; do
+		mkdir -p "$tree$(dirname "$directory")"
+		ln -s "$directory" "$tree$directory"
+	done
+	export PG_BIN
+	export PATH="$PG_BIN:$PATH"
+}
+
+# build_into_tree SOURCE: build keyvault there and install it into the tree. More arguments go to make.
+build_into_tree() {
+	local source=$1
+	shift
+	make -s -C "$source" -j"$(nproc)" with_llvm=no PG_CONFIG="$PG_BIN/pg_config" "$@" &&
+	make -s -C "$source" install with_llvm=no PG_CONFIG="$PG_BIN/pg_config" "$@" > /dev/null
+}
+
+# make_master_key FILE: as openssl rand -hex 32 does, readable by its owner alone.
+make_master_key() {
+	(umask 077 && openssl rand -hex 32 > "$1")
+}
+
+# make_cluster DIR [CONFIGURATION-FILE]: a cluster in DIR/data that listens on a socket in DIR only.
+make_cluster() {
+	local directory=$1 configuration=${2:-}
+	mkdir -p "$directory"
+	[ "$(id -u)" = 0 ] && chown postgres "$directory"
+	as_postgres "$PG_BIN/initdb" -D "$directory/data" -U postgres -A trust -E UTF8 --locale=C.UTF-8 > "$directory/initdb.log" ||
+		die "initdb failed: see $directory/initdb.log"
+	as_postgres bash -c '. "$1"; make_master_key "$2"' - "${BASH_SOURCE[0]}" "$directory/master.key"
+	as_postgres tee -a "$directory/data/postgresql.conf" > /dev/null <<-CONF
+		listen_addresses = ''
+		unix_socket_directories = '$directory'
+		shared_preload_libraries = 'keyvault'
+		keyvault.master_key_file = '$directory/master.key'
+	CONF
+	if [ -n "$configuration" ]; then
+		as_postgres tee -a "$directory/data/postgresql.conf" < "$configuration" > /dev/null
+	fi
+}
+
+start_cluster() {
+	as_postgres "$PG_BIN/pg_ctl" -D "$1/data" -l "$1/server.log" -w -s start || die "the server did not start: see $1/server.log"
+}
+
+stop_cluster() {
+	[ -f "$1/data/postmaster.pid" ] || return 0
+	as_postgres "$PG_BIN/pg_ctl" -D "$1/data" -m "${2:-fast}" -w -s stop
+}

@@ -1,0 +1,128 @@
+-- Plans and users.
+
+CREATE TABLE keyvault.plans (
+    plan            text COLLATE "C" PRIMARY KEY CHECK (plan ~ '^[a-z][a-z0-9_-]{0,62}$'),
+    monthly_credits numeric(18,6) CHECK (monthly_credits >= 0 AND monthly_credits < 'Infinity'),
+    price_usd       numeric(12,2) CHECK (price_usd >= 0 AND price_usd < 'Infinity'),
+    credits_per_usd numeric(18,6) NOT NULL DEFAULT 1000 CHECK (credits_per_usd >= 0 AND credits_per_usd < 'Infinity'),
+    own_key_rate    numeric(9,6) NOT NULL DEFAULT 0 CHECK (own_key_rate >= 0 AND own_key_rate < 'Infinity'),
+    seeded          boolean NOT NULL DEFAULT false
+);
+COMMENT ON TABLE keyvault.plans IS 'What a user may spend in a month, and what provider cost is worth in credits.';
+COMMENT ON COLUMN keyvault.plans.monthly_credits IS 'Credits per period; NULL is unlimited. A change reaches each user at the next period or set_plan.';
+COMMENT ON COLUMN keyvault.plans.price_usd IS 'What the plan costs its user per month, in USD; NULL where it is negotiated.';
+COMMENT ON COLUMN keyvault.plans.credits_per_usd IS 'Credits debited per USD of provider cost: cost, infrastructure and margin together.';
+COMMENT ON COLUMN keyvault.plans.own_key_rate IS 'Part of those credits debited when the call used the user''s own key; 0 is free.';
+COMMENT ON COLUMN keyvault.plans.seeded IS 'Shipped with the extension and not changed since.';
+
+INSERT INTO keyvault.plans (plan, monthly_credits, price_usd, seeded) VALUES
+    ('free', 1000, 0, true),
+    ('pro', 50000, 20, true),
+    ('enterprise', NULL, NULL, true);
+
+CREATE TRIGGER keep_customized BEFORE INSERT OR UPDATE ON keyvault.plans
+    FOR EACH ROW EXECUTE FUNCTION keyvault._keep_customized('{plan}');
+SELECT pg_catalog.pg_extension_config_dump('keyvault.plans', 'WHERE NOT seeded');
+
+CREATE TABLE keyvault.users (
+    user_id text COLLATE "C" PRIMARY KEY CHECK (octet_length(user_id) BETWEEN 1 AND 255),
+    kind    text NOT NULL DEFAULT 'person' CHECK (kind IN ('person', 'organization')),
+    email   text,
+    name    text,
+    image   text,
+    email_verified_at timestamptz,
+    plan    text COLLATE "C" NOT NULL DEFAULT 'free',
+    status  text NOT NULL DEFAULT 'active' CHECK (status IN ('active', 'suspended', 'erased')),
+    stripe_customer_id        text,
+    stripe_subscription_id    text,
+    stripe_price_id           text,
+    stripe_current_period_end timestamptz,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    updated_at timestamptz NOT NULL DEFAULT now()
+);
+COMMENT ON TABLE keyvault.users IS 'Who owns keys and credits: a person or an organization, named by the application.';
+COMMENT ON COLUMN keyvault.users.user_id IS 'The application''s own name for the user: 1 to 255 bytes, never changed.';
+COMMENT ON COLUMN keyvault.users.status IS 'active; suspended: no calls; erased: keys destroyed.';
+SELECT pg_catalog.pg_extension_config_dump('keyvault.users', '');
+
+ALTER TABLE keyvault.users ENABLE ROW LEVEL SECURITY;
+CREATE POLICY own_row ON keyvault.users FOR SELECT
+    USING (user_id = (SELECT keyvault.current_user_id()));
+CREATE POLICY read_by_access ON keyvault.users FOR SELECT
+    USING ((SELECT keyvault._may_read_all_usage()));
+
+-- Row locks are taken in one order everywhere: users, then credit_balances, then credit_holds.
+
+CREATE FUNCTION keyvault._ensure_user(user_id text, may_create boolean) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    IF EXISTS (SELECT FROM keyvault.credit_balances b WHERE b.user_id = $1) THEN
+        RETURN;
+    END IF;
+    IF NOT may_create OR NOT current_setting('keyvault.create_users')::boolean THEN
+        RAISE EXCEPTION 'user "%" does not exist', $1
+            USING ERRCODE = 'invalid_parameter_value',
+                  HINT = 'Create it with keyvault.upsert_user(), or write as a trusted application with keyvault.create_users on.';
+    END IF;
+    INSERT INTO keyvault.users (user_id) VALUES ($1) ON CONFLICT DO NOTHING;
+    PERFORM keyvault._create_balance($1);
+END $$;
+COMMENT ON FUNCTION keyvault._ensure_user(text, boolean) IS
+    'Makes a user that does not exist yet, on plan free, if it may be created. Error: 22023.';
+
+CREATE FUNCTION keyvault._upsert_user(user_id text, email text, name text, image text, plan text) RETURNS text
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+#variable_conflict use_column
+BEGIN
+    INSERT INTO keyvault.users AS u (user_id, email, name, image)
+    VALUES ($1, $2, $3, $4)
+    ON CONFLICT (user_id) DO UPDATE
+       SET email = coalesce($2, u.email), name = coalesce($3, u.name), image = coalesce($4, u.image), updated_at = now();
+    PERFORM keyvault._create_balance($1);
+    IF $5 IS NOT NULL THEN
+        PERFORM keyvault._set_plan($1, $5);
+    END IF;
+    RETURN $1;
+END $$;
+COMMENT ON FUNCTION keyvault._upsert_user(text, text, text, text, text) IS 'upsert_user, after its caller was checked.';
+
+CREATE FUNCTION keyvault.upsert_user(user_id text, email text = NULL, name text = NULL, image text = NULL, plan text = NULL) RETURNS text
+    LANGUAGE c VOLATILE PARALLEL UNSAFE
+    AS 'MODULE_PATHNAME', 'keyvault_upsert_user';
+COMMENT ON FUNCTION keyvault.upsert_user(text, text, text, text, text) IS
+    'Makes a user, on plan free unless plan names another, or changes the fields given (NULL leaves a field as it is); returns user_id. Errors: 42501 without the right to act for any user or access admin, 22023 for an unknown plan or a bad user_id.';
+
+CREATE FUNCTION keyvault._set_plan(user_id text, plan text) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+#variable_conflict use_column
+DECLARE
+    credits numeric;
+BEGIN
+    SELECT p.monthly_credits INTO credits FROM keyvault.plans p WHERE p.plan = $2;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'unknown plan "%"', $2
+            USING ERRCODE = 'invalid_parameter_value',
+                  HINT = format('Known plans: %s. An administrator adds one with INSERT INTO keyvault.plans.',
+                                (SELECT string_agg(p.plan, ', ' ORDER BY p.plan) FROM keyvault.plans p));
+    END IF;
+    UPDATE keyvault.users u SET plan = $2, updated_at = now() WHERE u.user_id = $1;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'user "%" does not exist', $1
+            USING ERRCODE = 'invalid_parameter_value', HINT = 'Create it with keyvault.upsert_user().';
+    END IF;
+    PERFORM keyvault._lock_balance($1, false);
+    UPDATE keyvault.credit_balances b SET monthly_credits = credits WHERE b.user_id = $1;
+END $$;
+COMMENT ON FUNCTION keyvault._set_plan(text, text) IS 'set_plan, after its caller was checked.';
+
+CREATE FUNCTION keyvault.set_plan(user_id text, plan text) RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE STRICT
+    AS 'MODULE_PATHNAME', 'keyvault_set_plan';
+COMMENT ON FUNCTION keyvault.set_plan(text, text) IS
+    'Puts a user on a plan at once: its monthly credits count from now, what was used this period stays used. Errors: 42501, 22023 for an unknown user or plan.';

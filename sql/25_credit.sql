@@ -1,0 +1,211 @@
+-- Balances, periods, holds and the debit.
+
+CREATE TABLE keyvault.credit_balances (
+    user_id         text COLLATE "C" NOT NULL,
+    slot            smallint NOT NULL DEFAULT 0 CHECK (slot = 0),
+    monthly_credits numeric(18,6) CHECK (monthly_credits >= 0 AND monthly_credits < 'Infinity'),
+    extra_credits   numeric(18,6) NOT NULL DEFAULT 0 CHECK (extra_credits >= 0 AND extra_credits < 'Infinity'),
+    credits_used    numeric(18,6) NOT NULL DEFAULT 0 CHECK (credits_used >= 0 AND credits_used < 'Infinity'),
+    credits_held    numeric(18,6) NOT NULL DEFAULT 0 CHECK (credits_held >= 0 AND credits_held < 'Infinity'),
+    period_anchor   timestamptz NOT NULL CHECK (isfinite(period_anchor)),
+    period_start    timestamptz NOT NULL,
+    period_end      timestamptz NOT NULL CHECK (period_end > period_start),
+    PRIMARY KEY (user_id, slot)
+) WITH (fillfactor = 70);
+COMMENT ON TABLE keyvault.credit_balances IS
+    'The hot row of each user''s credits, changed by the debit on usage_records. fillfactor leaves room for heap-only updates.';
+COMMENT ON COLUMN keyvault.credit_balances.slot IS 'Part of the balance; one part, 0, per user.';
+COMMENT ON COLUMN keyvault.credit_balances.monthly_credits IS 'The plan''s credits for this period; NULL is unlimited.';
+COMMENT ON COLUMN keyvault.credit_balances.extra_credits IS 'Credits beyond the plan: spent after the monthly ones, kept at a reset.';
+COMMENT ON COLUMN keyvault.credit_balances.credits_used IS 'Credits debited since period_start.';
+COMMENT ON COLUMN keyvault.credit_balances.credits_held IS 'Sum of credit_holds, expired ones included until the next refusal or settlement sweeps them.';
+COMMENT ON COLUMN keyvault.credit_balances.period_anchor IS 'Period n begins at period_anchor + n months, in UTC.';
+SELECT pg_catalog.pg_extension_config_dump('keyvault.credit_balances', '');
+
+CREATE TABLE keyvault.credit_holds (
+    user_id    text COLLATE "C" NOT NULL,
+    id         uuid NOT NULL DEFAULT keyvault.uuidv7(),
+    amount     numeric(18,6) NOT NULL CHECK (amount >= 0 AND amount < 'Infinity'),
+    created_at timestamptz NOT NULL DEFAULT now(),
+    expires_at timestamptz NOT NULL,
+    PRIMARY KEY (user_id, id)
+);
+COMMENT ON TABLE keyvault.credit_holds IS 'Credits set aside for calls whose cost is not known yet; a row goes when it is settled or released.';
+COMMENT ON COLUMN keyvault.credit_holds.expires_at IS 'From then on the hold no longer counts; infinity while its request is queued or running.';
+SELECT pg_catalog.pg_extension_config_dump('keyvault.credit_holds', '');
+
+ALTER TABLE keyvault.credit_balances ENABLE ROW LEVEL SECURITY;
+CREATE POLICY own_rows ON keyvault.credit_balances FOR SELECT
+    USING (user_id = (SELECT keyvault.current_user_id()));
+CREATE POLICY read_by_access ON keyvault.credit_balances FOR SELECT
+    USING ((SELECT keyvault._may_read_all_usage()));
+ALTER TABLE keyvault.credit_holds ENABLE ROW LEVEL SECURITY;
+CREATE POLICY own_rows ON keyvault.credit_holds FOR SELECT
+    USING (user_id = (SELECT keyvault.current_user_id()));
+CREATE POLICY read_by_access ON keyvault.credit_holds FOR SELECT
+    USING ((SELECT keyvault._may_read_all_usage()));
+
+CREATE FUNCTION keyvault._period_bound(anchor timestamptz, number integer) RETURNS timestamptz
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN ((anchor AT TIME ZONE 'UTC') + make_interval(months => number)) AT TIME ZONE 'UTC';
+COMMENT ON FUNCTION keyvault._period_bound(timestamptz, integer) IS
+    'When period number begins: anchor + number months in UTC, each computed from the anchor, so that the 31st comes back after a short month.';
+
+CREATE FUNCTION keyvault._period_number(anchor timestamptz, at timestamptz) RETURNS integer
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+BEGIN ATOMIC
+    SELECT m.months - (keyvault._period_bound(anchor, m.months) > at)::integer
+      FROM (SELECT ((extract(year FROM at AT TIME ZONE 'UTC') - extract(year FROM anchor AT TIME ZONE 'UTC')) * 12
+                   + extract(month FROM at AT TIME ZONE 'UTC') - extract(month FROM anchor AT TIME ZONE 'UTC'))::integer AS months) m;
+END;
+COMMENT ON FUNCTION keyvault._period_number(timestamptz, timestamptz) IS
+    'The number of the period that contains at; 0 begins at the anchor.';
+
+CREATE FUNCTION keyvault._create_balance(user_id text) RETURNS void
+    LANGUAGE sql
+    SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    INSERT INTO keyvault.credit_balances (user_id, monthly_credits, period_anchor, period_start, period_end)
+    SELECT u.user_id, p.monthly_credits, a.anchor, a.anchor, keyvault._period_bound(a.anchor, 1)
+      FROM keyvault.users u JOIN keyvault.plans p ON p.plan = u.plan, date_trunc('day', now(), 'UTC') a(anchor)
+     WHERE u.user_id = $1
+    ON CONFLICT DO NOTHING;
+END;
+COMMENT ON FUNCTION keyvault._create_balance(text) IS
+    'Gives a user a balance where there is none: the plan''s credits, in periods that begin at midnight UTC today.';
+
+CREATE FUNCTION keyvault._roll_period(user_id text) RETURNS void
+    LANGUAGE sql
+    SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    UPDATE keyvault.credit_balances b
+       SET extra_credits = CASE WHEN b.monthly_credits IS NULL THEN b.extra_credits
+                                ELSE greatest(b.extra_credits - greatest(b.credits_used - b.monthly_credits, 0), 0) END,
+           credits_used = 0,
+           monthly_credits = p.monthly_credits,
+           period_start = keyvault._period_bound(b.period_anchor, keyvault._period_number(b.period_anchor, now())),
+           period_end = keyvault._period_bound(b.period_anchor, keyvault._period_number(b.period_anchor, now()) + 1)
+      FROM keyvault.users u JOIN keyvault.plans p ON p.plan = u.plan
+     WHERE b.user_id = $1 AND u.user_id = b.user_id AND b.period_end <= now();
+END;
+COMMENT ON FUNCTION keyvault._roll_period(text) IS
+    'Begins the period that contains now() for a user whose period has ended: usage starts at zero, extra credits spent beyond the plan are taken off, the plan''s monthly credits are renewed.';
+
+CREATE FUNCTION keyvault._sweep_holds(user_id text) RETURNS void
+    LANGUAGE sql
+    SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    WITH expired AS (
+        DELETE FROM keyvault.credit_holds h
+         WHERE h.user_id = $1 AND h.expires_at <= now()
+        RETURNING h.amount)
+    UPDATE keyvault.credit_balances b
+       SET credits_held = greatest(b.credits_held - e.amount, 0)
+      FROM (SELECT sum(expired.amount) AS amount FROM expired) e
+     WHERE b.user_id = $1 AND e.amount > 0;
+END;
+COMMENT ON FUNCTION keyvault._sweep_holds(text) IS 'Takes a user''s expired holds off the balance. The caller holds the balance''s row lock.';
+
+CREATE FUNCTION keyvault._credits_left(balance keyvault.credit_balances) RETURNS numeric
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN balance.monthly_credits + balance.extra_credits - balance.credits_used - balance.credits_held;
+COMMENT ON FUNCTION keyvault._credits_left(keyvault.credit_balances) IS
+    'Credits neither used nor held, negative after a downgrade; NULL is unlimited.';
+
+CREATE FUNCTION keyvault._refuse_credits(balance keyvault.credit_balances, amount numeric) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    RAISE EXCEPTION 'credit limit reached for user "%"', balance.user_id
+        USING ERRCODE = 'KV001',
+              DETAIL = format('%s credits asked for; %s left of %s monthly and %s extra, with %s used and %s held.',
+                              trim_scale(amount),
+                              trim_scale(greatest(keyvault._credits_left(balance), 0)),
+                              trim_scale(balance.monthly_credits), trim_scale(balance.extra_credits),
+                              trim_scale(balance.credits_used), trim_scale(balance.credits_held)),
+              HINT = format('Credits are renewed at %s; a larger plan, set with keyvault.set_plan(), applies at once.',
+                            to_char(balance.period_end AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI "UTC"'));
+END $$;
+COMMENT ON FUNCTION keyvault._refuse_credits(keyvault.credit_balances, numeric) IS 'Raises KV001 with what was asked for, what is left and when credits are renewed.';
+
+-- The two ways to take credits, apart from the debit's fast path in C, share this: the
+-- row is locked, the period is current and no expired hold counts.
+CREATE FUNCTION keyvault._lock_balance(user_id text, may_create boolean) RETURNS keyvault.credit_balances
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    balance keyvault.credit_balances;
+BEGIN
+    SELECT * INTO balance FROM keyvault.credit_balances b WHERE b.user_id = $1 AND b.slot = 0 FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        PERFORM keyvault._ensure_user($1, may_create);
+    ELSE
+        IF balance.period_end <= now() THEN
+            PERFORM keyvault._roll_period($1);
+        END IF;
+        IF balance.credits_held > 0 THEN
+            PERFORM keyvault._sweep_holds($1);
+        END IF;
+    END IF;
+    SELECT * INTO STRICT balance FROM keyvault.credit_balances b WHERE b.user_id = $1 AND b.slot = 0 FOR NO KEY UPDATE;
+    RETURN balance;
+END $$;
+COMMENT ON FUNCTION keyvault._lock_balance(text, boolean) IS
+    'Locks a user''s balance, after making the user where allowed, beginning a due period and sweeping expired holds; returns the row. Error: 22023.';
+
+CREATE FUNCTION keyvault._debit_slow(user_id text, amount numeric, may_create boolean) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    balance keyvault.credit_balances := keyvault._lock_balance($1, may_create);
+BEGIN
+    IF keyvault._credits_left(balance) < amount THEN
+        PERFORM keyvault._refuse_credits(balance, amount);
+    END IF;
+    UPDATE keyvault.credit_balances b SET credits_used = b.credits_used + amount
+     WHERE b.user_id = $1 AND b.slot = 0;
+END $$;
+COMMENT ON FUNCTION keyvault._debit_slow(text, numeric, boolean) IS
+    'The debit when one conditional update did not find room: a missing user, an ended period or expired holds are put right first. Errors: KV001, 22023.';
+
+CREATE FUNCTION keyvault._hold_credits(user_id text, amount numeric, expires_at timestamptz, may_create boolean) RETURNS uuid
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+#variable_conflict use_variable
+DECLARE
+    balance keyvault.credit_balances := keyvault._lock_balance($1, may_create);
+    hold uuid := keyvault.uuidv7();
+BEGIN
+    IF keyvault._credits_left(balance) < amount THEN
+        PERFORM keyvault._refuse_credits(balance, amount);
+    END IF;
+    UPDATE keyvault.credit_balances b SET credits_held = b.credits_held + amount
+     WHERE b.user_id = $1 AND b.slot = 0;
+    INSERT INTO keyvault.credit_holds (user_id, id, amount, expires_at) VALUES ($1, hold, amount, expires_at);
+    RETURN hold;
+END $$;
+COMMENT ON FUNCTION keyvault._hold_credits(text, numeric, timestamptz, boolean) IS
+    'Sets credits aside until expires_at and returns the hold''s id. Errors: KV001, 22023.';
+
+CREATE FUNCTION keyvault._release_hold(user_id text, hold uuid) RETURNS boolean
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    released numeric;
+BEGIN
+    -- The balance is locked before the hold, in the order of every other path.
+    PERFORM FROM keyvault.credit_balances b WHERE b.user_id = $1 AND b.slot = 0 FOR NO KEY UPDATE;
+    DELETE FROM keyvault.credit_holds h WHERE h.user_id = $1 AND h.id = hold RETURNING h.amount INTO released;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    UPDATE keyvault.credit_balances b SET credits_held = greatest(b.credits_held - released, 0)
+     WHERE b.user_id = $1 AND b.slot = 0;
+    RETURN true;
+END $$;
+COMMENT ON FUNCTION keyvault._release_hold(text, uuid) IS 'Gives a hold back to its user''s balance; false when there is no such hold.';

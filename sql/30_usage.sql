@@ -1,0 +1,135 @@
+-- What was used. The rows are the truth; balances are proved from them.
+
+CREATE FUNCTION keyvault._debit_tag() RETURNS bigint
+    LANGUAGE c STABLE PARALLEL RESTRICTED
+    AS 'MODULE_PATHNAME', 'keyvault_debit_tag';
+COMMENT ON FUNCTION keyvault._debit_tag() IS
+    'A number that names this transaction of this cluster, the default of usage_records.debit_tag.';
+
+CREATE TABLE keyvault.usage_records (
+    user_id         text COLLATE "C" NOT NULL,
+    created_at      timestamptz NOT NULL DEFAULT now() CHECK (isfinite(created_at)),
+    id              uuid NOT NULL DEFAULT keyvault.uuidv7(),
+    type            text NOT NULL DEFAULT 'api' CHECK (octet_length(type) BETWEEN 1 AND 63),
+    provider        text,
+    model           text,
+    payer           text NOT NULL DEFAULT 'platform' CHECK (payer IN ('user', 'platform')),
+    input_tokens    bigint CHECK (input_tokens >= 0),
+    cached_tokens   bigint CHECK (cached_tokens >= 0),
+    output_tokens   bigint CHECK (output_tokens >= 0),
+    tokens          bigint NOT NULL DEFAULT 0 CHECK (tokens >= 0),
+    credits         numeric(18,6) NOT NULL DEFAULT 0 CHECK (credits >= 0 AND credits < 'Infinity'),
+    credits_overrun numeric(18,6) NOT NULL DEFAULT 0 CHECK (credits_overrun >= 0 AND credits_overrun < 'Infinity'),
+    cost_usd        numeric(18,9) NOT NULL DEFAULT 0 CHECK (cost_usd >= 0 AND cost_usd < 'Infinity'),
+    request_id      uuid,
+    api_key_id      uuid,
+    issued_key_id   uuid,
+    idempotency_key text,
+    metadata        jsonb NOT NULL DEFAULT '{}',
+    debit_tag       bigint NOT NULL DEFAULT keyvault._debit_tag(),
+    PRIMARY KEY (user_id, created_at, id)
+) PARTITION BY RANGE (created_at);
+COMMENT ON TABLE keyvault.usage_records IS
+    'One row per use, append-only. An INSERT debits credits from the user''s balance in the same transaction, or fails with KV001. Partitioned by month of created_at, in UTC.';
+COMMENT ON COLUMN keyvault.usage_records.type IS 'chat, api, automation, or the application''s own word.';
+COMMENT ON COLUMN keyvault.usage_records.payer IS 'Whose key was used: the user''s own or the platform''s.';
+COMMENT ON COLUMN keyvault.usage_records.input_tokens IS 'Tokens read, cached ones included.';
+COMMENT ON COLUMN keyvault.usage_records.cached_tokens IS 'The part of input_tokens that came from the provider''s cache.';
+COMMENT ON COLUMN keyvault.usage_records.output_tokens IS 'Tokens written, reasoning included.';
+COMMENT ON COLUMN keyvault.usage_records.tokens IS 'All tokens together.';
+COMMENT ON COLUMN keyvault.usage_records.credits IS 'Credits debited by this row.';
+COMMENT ON COLUMN keyvault.usage_records.credits_overrun IS 'Credits a provider call cost beyond what the user had left; not debited.';
+COMMENT ON COLUMN keyvault.usage_records.cost_usd IS 'What the provider charges for it, in USD.';
+COMMENT ON COLUMN keyvault.usage_records.debit_tag IS
+    'Names the transaction that debited the row. A row that arrives with another transaction''s tag, by pg_restore or logical replication, is not debited again.';
+
+CREATE TABLE keyvault.usage_records_default PARTITION OF keyvault.usage_records DEFAULT;
+COMMENT ON TABLE keyvault.usage_records_default IS 'Usage of months that have no partition of their own.';
+SELECT pg_catalog.pg_extension_config_dump('keyvault.usage_records_default', '');
+
+ALTER TABLE keyvault.usage_records ENABLE ROW LEVEL SECURITY;
+CREATE POLICY own_rows ON keyvault.usage_records FOR SELECT
+    USING (user_id = (SELECT keyvault.current_user_id()));
+CREATE POLICY read_by_access ON keyvault.usage_records FOR SELECT
+    USING ((SELECT keyvault._may_read_all_usage()));
+CREATE POLICY record_for_any_user ON keyvault.usage_records FOR INSERT
+    WITH CHECK ((SELECT keyvault._may_act_for_any_user()));
+ALTER TABLE keyvault.usage_records_default ENABLE ROW LEVEL SECURITY;
+
+-- The row trigger, which every partition inherits, adds up per user; the statement trigger
+-- debits each user once, in user_id order. A partition needs a statement trigger of its own
+-- for rows inserted into it by name.
+CREATE FUNCTION keyvault._collect_debit() RETURNS trigger
+    LANGUAGE c
+    AS 'MODULE_PATHNAME', 'keyvault_collect_debit';
+COMMENT ON FUNCTION keyvault._collect_debit() IS 'Row trigger of usage_records: adds the row''s credits to what its statement owes.';
+
+CREATE FUNCTION keyvault._flush_debits() RETURNS trigger
+    LANGUAGE c
+    AS 'MODULE_PATHNAME', 'keyvault_flush_debits';
+COMMENT ON FUNCTION keyvault._flush_debits() IS 'Statement trigger of usage_records: debits what its statement owes. Errors: KV001, 22023.';
+
+CREATE FUNCTION keyvault._refuse_change() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    RAISE EXCEPTION 'usage records are append-only'
+        USING ERRCODE = 'object_not_in_prerequisite_state',
+              HINT = 'Correct a record with a further one; retire old months by detaching their partition.';
+END $$;
+COMMENT ON FUNCTION keyvault._refuse_change() IS 'Trigger that refuses UPDATE, DELETE and TRUNCATE of usage_records with 55000.';
+
+CREATE TRIGGER collect_debit AFTER INSERT ON keyvault.usage_records
+    FOR EACH ROW EXECUTE FUNCTION keyvault._collect_debit();
+ALTER TABLE keyvault.usage_records ENABLE ALWAYS TRIGGER collect_debit;
+CREATE TRIGGER refuse_change BEFORE UPDATE OR DELETE ON keyvault.usage_records
+    FOR EACH ROW EXECUTE FUNCTION keyvault._refuse_change();
+ALTER TABLE keyvault.usage_records ENABLE ALWAYS TRIGGER refuse_change;
+
+CREATE FUNCTION keyvault._guard_partition(partition regclass) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    EXECUTE format('CREATE TRIGGER flush_debits AFTER INSERT ON %s EXECUTE FUNCTION keyvault._flush_debits()', partition);
+    EXECUTE format('ALTER TABLE %s ENABLE ALWAYS TRIGGER flush_debits', partition);
+    EXECUTE format('CREATE TRIGGER refuse_truncate BEFORE TRUNCATE ON %s EXECUTE FUNCTION keyvault._refuse_change()', partition);
+    EXECUTE format('ALTER TABLE %s ENABLE ALWAYS TRIGGER refuse_truncate', partition);
+END $$;
+COMMENT ON FUNCTION keyvault._guard_partition(regclass) IS
+    'Gives a table of usage records the statement triggers, which partitions do not inherit.';
+SELECT keyvault._guard_partition('keyvault.usage_records');
+SELECT keyvault._guard_partition('keyvault.usage_records_default');
+
+CREATE FUNCTION keyvault._make_usage_partitions(ahead integer = 3) RETURNS integer
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    month timestamptz;
+    partition text;
+    made integer := 0;
+BEGIN
+    FOR i IN 0 .. ahead LOOP
+        month := keyvault._period_bound(date_trunc('month', now(), 'UTC'), i);
+        partition := 'usage_records_' || to_char(month AT TIME ZONE 'UTC', 'YYYY_MM');
+        -- A month whose first rows are in the default partition stays there.
+        IF to_regclass('keyvault.' || partition) IS NULL
+           AND NOT EXISTS (SELECT FROM keyvault.usage_records_default
+                            WHERE created_at >= month AND created_at < keyvault._period_bound(month, 1))
+        THEN
+            EXECUTE format('CREATE TABLE keyvault.%I PARTITION OF keyvault.usage_records FOR VALUES FROM (%L) TO (%L)',
+                           partition, month, keyvault._period_bound(month, 1));
+            EXECUTE format('COMMENT ON TABLE keyvault.%I IS %L', partition,
+                           'Usage of the month that begins at ' || to_char(month AT TIME ZONE 'UTC', 'YYYY-MM-DD') || ' UTC.');
+            EXECUTE format('ALTER TABLE keyvault.%I ENABLE ROW LEVEL SECURITY', partition);
+            EXECUTE format('REVOKE ALL ON keyvault.%I FROM PUBLIC', partition);
+            PERFORM keyvault._guard_partition(format('keyvault.%I', partition)::regclass);
+            made := made + 1;
+        END IF;
+    END LOOP;
+    RETURN made;
+END $$;
+COMMENT ON FUNCTION keyvault._make_usage_partitions(integer) IS
+    'Makes the partitions of usage_records for this month, where it has no rows yet, and the months ahead; returns how many were made. The worker calls it.';

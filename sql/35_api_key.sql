@@ -1,0 +1,112 @@
+-- Users' provider keys and what encrypts them.
+
+CREATE TABLE keyvault.vault (
+    vault_id   uuid PRIMARY KEY,
+    only_row   boolean NOT NULL DEFAULT true UNIQUE CHECK (only_row),
+    created_at timestamptz NOT NULL DEFAULT now()
+);
+COMMENT ON TABLE keyvault.vault IS
+    'The vault''s own name, made when the first key is stored and part of every secret''s associated data. One row.';
+SELECT pg_catalog.pg_extension_config_dump('keyvault.vault', '');
+
+CREATE TABLE keyvault.master_keys (
+    kek_id     bytea PRIMARY KEY CHECK (octet_length(kek_id) = 16),
+    version    integer NOT NULL UNIQUE CHECK (version > 0),
+    created_at timestamptz NOT NULL DEFAULT now()
+);
+COMMENT ON TABLE keyvault.master_keys IS
+    'Master keys that have wrapped data keys of this vault, known by an id derived from the key, never the key itself.';
+SELECT pg_catalog.pg_extension_config_dump('keyvault.master_keys', '');
+
+CREATE TABLE keyvault.data_keys (
+    user_id     text COLLATE "C" NOT NULL,
+    version     integer NOT NULL CHECK (version > 0),
+    data_key_id uuid NOT NULL,
+    wrapped     bytea NOT NULL CHECK (octet_length(wrapped) BETWEEN 36 AND 1024),
+    created_at  timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (user_id, version)
+);
+ALTER TABLE keyvault.data_keys ALTER COLUMN wrapped SET STORAGE PLAIN;
+COMMENT ON TABLE keyvault.data_keys IS 'Each user''s data key, wrapped by a master key. The user '''' is the platform.';
+COMMENT ON COLUMN keyvault.data_keys.wrapped IS 'D | 1 | suite | source | master key version (4) | kek_id (16) | nonce (12) | wrapped key (32) | tag (16).';
+SELECT pg_catalog.pg_extension_config_dump('keyvault.data_keys', '');
+
+CREATE TABLE keyvault.api_keys (
+    user_id      text COLLATE "C" NOT NULL,
+    id           uuid NOT NULL,
+    provider     text COLLATE "C" NOT NULL,
+    name         text COLLATE "C" NOT NULL DEFAULT 'default' CHECK (octet_length(name) BETWEEN 1 AND 63),
+    ciphertext   bytea NOT NULL CHECK (octet_length(ciphertext) BETWEEN 100 AND 8192),
+    hint         text NOT NULL,
+    fingerprint  bytea NOT NULL CHECK (octet_length(fingerprint) = 16),
+    source       text NOT NULL DEFAULT 'user' CHECK (source IN ('user', 'platform')),
+    status       text NOT NULL DEFAULT 'active' CHECK (status IN ('active', 'failed')),
+    expires_at   timestamptz,
+    last_used_at timestamptz,
+    last_verified_at timestamptz,
+    rotated_at   timestamptz,
+    created_at   timestamptz NOT NULL DEFAULT now(),
+    updated_at   timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (user_id, id),
+    CONSTRAINT api_keys_user_id_provider_name_key UNIQUE (user_id, provider, name)
+);
+ALTER TABLE keyvault.api_keys ALTER COLUMN ciphertext SET STORAGE EXTERNAL;
+COMMENT ON TABLE keyvault.api_keys IS 'Provider keys that users handed over, encrypted. The user '''' is the platform.';
+COMMENT ON COLUMN keyvault.api_keys.ciphertext IS 'Secret record: see "Formats" in doc/keyvault.md.';
+COMMENT ON COLUMN keyvault.api_keys.hint IS 'Enough of the key for its owner to recognise it: at most three first and four last characters.';
+COMMENT ON COLUMN keyvault.api_keys.fingerprint IS 'Keyed hash under the user''s own data key: equal for equal keys of one user and provider, and only there.';
+COMMENT ON COLUMN keyvault.api_keys.status IS 'active; failed: the provider refused it when it was last used.';
+COMMENT ON COLUMN keyvault.api_keys.rotated_at IS 'When the value last changed.';
+SELECT pg_catalog.pg_extension_config_dump('keyvault.api_keys', '');
+
+ALTER TABLE keyvault.vault ENABLE ROW LEVEL SECURITY;
+ALTER TABLE keyvault.data_keys ENABLE ROW LEVEL SECURITY;
+ALTER TABLE keyvault.api_keys ENABLE ROW LEVEL SECURITY;
+CREATE POLICY own_rows ON keyvault.api_keys FOR SELECT
+    USING (user_id = (SELECT keyvault.current_user_id()));
+CREATE POLICY read_by_access ON keyvault.api_keys FOR SELECT
+    USING ((SELECT keyvault._may_administer()));
+
+CREATE FUNCTION keyvault.store_api_key(provider text, key text, name text = 'default', user_id text = NULL, expires_at timestamptz = NULL) RETURNS uuid
+    LANGUAGE c VOLATILE PARALLEL UNSAFE
+    AS 'MODULE_PATHNAME', 'keyvault_store_api_key';
+COMMENT ON FUNCTION keyvault.store_api_key(text, text, text, text, timestamptz) IS
+    'Encrypts and keeps a user''s key for a provider, replacing the one of the same name; returns its id. Pass the key as a bind parameter. Errors: KV004 no master key, KV009 malformed key, 22023 unknown provider, 42501 not allowed to act for user_id.';
+
+CREATE FUNCTION keyvault.store_platform_key(provider text, key text, name text = 'default') RETURNS uuid
+    LANGUAGE c VOLATILE PARALLEL UNSAFE
+    AS 'MODULE_PATHNAME', 'keyvault_store_platform_key';
+COMMENT ON FUNCTION keyvault.store_platform_key(text, text, text) IS
+    'Encrypts and keeps the platform''s own key for a provider, used for users who bring none; returns its id. Access admin. Errors: KV004, KV009, 22023.';
+
+CREATE FUNCTION keyvault.user_api_keys(user_id text = NULL) RETURNS jsonb
+    LANGUAGE c STABLE PARALLEL SAFE
+    AS 'MODULE_PATHNAME', 'keyvault_user_api_keys';
+COMMENT ON FUNCTION keyvault.user_api_keys(text) IS
+    'The user''s keys named ''default'' as {"provider": "key"}, {} when there is none; NULL is the acting user. Expired keys are left out; one that cannot be opened is left out with a warning KV005. Errors: KV004, 42501.';
+
+CREATE FUNCTION keyvault.user_api_key(provider text, user_id text = NULL, name text = 'default') RETURNS text
+    LANGUAGE c STABLE PARALLEL SAFE
+    AS 'MODULE_PATHNAME', 'keyvault_user_api_key';
+COMMENT ON FUNCTION keyvault.user_api_key(text, text, text) IS
+    'The user''s key for a provider, NULL when there is none or it has expired. Errors: KV004, KV005 it cannot be opened, 22023 unknown provider, 42501.';
+
+CREATE FUNCTION keyvault.delete_api_key(provider text, name text = 'default', user_id text = NULL) RETURNS boolean
+    LANGUAGE c VOLATILE PARALLEL UNSAFE
+    AS 'MODULE_PATHNAME', 'keyvault_delete_api_key';
+COMMENT ON FUNCTION keyvault.delete_api_key(text, text, text) IS
+    'Deletes a user''s key; true if there was one. Old row versions leave the disk with VACUUM, WAL and backups with their retention, encrypted all the while. Errors: 22023, 42501.';
+
+CREATE VIEW keyvault.api_key_status WITH (security_invoker = true, security_barrier = true) AS
+SELECT k.user_id, k.provider, k.name, k.hint, k.status, k.source, k.id,
+       k.expires_at, k.last_used_at, k.last_verified_at, k.rotated_at, k.created_at,
+       coalesce(m.calls, 0) AS calls_this_month,
+       coalesce(m.cost_usd, 0) AS cost_usd_this_month
+  FROM keyvault.api_keys k
+  LEFT JOIN LATERAL (
+       SELECT count(*) AS calls, sum(r.cost_usd) AS cost_usd
+         FROM keyvault.usage_records r
+        WHERE r.user_id = k.user_id AND r.api_key_id = k.id
+          AND r.created_at >= date_trunc('month', now(), 'UTC')) m ON true;
+COMMENT ON VIEW keyvault.api_key_status IS
+    'The acting user''s keys without their values: hint, status and this month''s calls (UTC). Access admin sees every user''s.';

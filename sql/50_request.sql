@@ -1,0 +1,446 @@
+-- The durable queue of provider calls and their answers. The life of a request:
+-- queued -> sent -> done | failed | unknown, or queued -> canceled; a retry goes back to queued.
+
+CREATE TABLE keyvault.requests (
+    user_id     text COLLATE "C" NOT NULL,
+    id          uuid NOT NULL,
+    provider    text COLLATE "C" NOT NULL,
+    model       text,
+    type        text NOT NULL,
+    path        text NOT NULL,
+    payer       text NOT NULL CHECK (payer IN ('user', 'platform')),
+    api_key_id  uuid,
+    call_key    bytea CHECK (octet_length(call_key) <= 1024),
+    status      text NOT NULL DEFAULT 'queued' CHECK (status IN ('queued', 'sent', 'done', 'failed', 'unknown', 'canceled')),
+    attempts    integer NOT NULL DEFAULT 0,
+    timeout_ms  integer NOT NULL CHECK (timeout_ms BETWEEN 1 AND 86400000),
+    hold_id     uuid,
+    estimated_usd numeric(18,9) NOT NULL,
+    idempotency_key text COLLATE "C" CHECK (octet_length(idempotency_key) BETWEEN 1 AND 255),
+    queued_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
+    next_attempt_at timestamptz NOT NULL DEFAULT now(),
+    sent_at     timestamptz,
+    finished_at timestamptz,
+    error       text,
+    metadata    jsonb NOT NULL DEFAULT '{}',
+    body        jsonb NOT NULL,
+    PRIMARY KEY (user_id, id),
+    CONSTRAINT requests_idempotency_key UNIQUE (user_id, idempotency_key),
+    CHECK ((api_key_id IS NULL) <> (call_key IS NULL) OR status NOT IN ('queued', 'sent'))
+);
+CREATE INDEX requests_open ON keyvault.requests (user_id, id) WHERE status IN ('queued', 'sent');
+CREATE INDEX requests_id ON keyvault.requests (id);
+COMMENT ON TABLE keyvault.requests IS 'Provider calls: the queue, and what became of each.';
+COMMENT ON COLUMN keyvault.requests.call_key IS 'A key for this call alone, sealed under a key that only this run of the server knows; gone when the request has ended.';
+COMMENT ON COLUMN keyvault.requests.attempts IS 'How often the call was handed to the network; a late answer of an earlier attempt is not accepted.';
+COMMENT ON COLUMN keyvault.requests.estimated_usd IS 'Upper estimate of the cost, held in credits; charged when an answer states no usage.';
+SELECT pg_catalog.pg_extension_config_dump('keyvault.requests', '');
+
+CREATE TABLE keyvault.responses (
+    user_id       text COLLATE "C" NOT NULL,
+    id            uuid NOT NULL,
+    status        text NOT NULL CHECK (status IN ('done', 'failed', 'unknown', 'canceled')),
+    status_code   integer,
+    body          jsonb,
+    error         text,
+    model         text,
+    input_tokens  bigint,
+    cached_tokens bigint,
+    output_tokens bigint,
+    cost_usd      numeric(18,9) NOT NULL DEFAULT 0,
+    credits       numeric(18,6) NOT NULL DEFAULT 0,
+    payer         text NOT NULL,
+    created_at    timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (user_id, id)
+);
+ALTER TABLE keyvault.responses ALTER COLUMN body SET COMPRESSION lz4;
+COMMENT ON TABLE keyvault.responses IS 'Answers to requests, written with their usage and debit in one transaction.';
+COMMENT ON COLUMN keyvault.responses.id IS 'The request''s id.';
+COMMENT ON COLUMN keyvault.responses.status IS 'done: a 2xx answer; failed: an error, or none will come; unknown: the call was sent and its answer lost; canceled: it was never sent.';
+COMMENT ON COLUMN keyvault.responses.status_code IS 'HTTP status (RFC 9110), NULL without an answer.';
+COMMENT ON COLUMN keyvault.responses.error IS 'What went wrong, for people; the provider''s own words are in body.';
+SELECT pg_catalog.pg_extension_config_dump('keyvault.responses', '');
+
+ALTER TABLE keyvault.requests ENABLE ROW LEVEL SECURITY;
+CREATE POLICY own_rows ON keyvault.requests FOR SELECT
+    USING (user_id = (SELECT keyvault.current_user_id()));
+ALTER TABLE keyvault.responses ENABLE ROW LEVEL SECURITY;
+CREATE POLICY own_rows ON keyvault.responses FOR SELECT
+    USING (user_id = (SELECT keyvault.current_user_id()));
+
+CREATE FUNCTION keyvault._estimate_usd(provider keyvault.providers, model text, body jsonb) RETURNS numeric
+    LANGUAGE plpgsql STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    asked text := coalesce(body ->> 'max_completion_tokens', body ->> 'max_output_tokens', body ->> 'max_tokens',
+                           body #>> '{generationConfig,maxOutputTokens}');
+    output_tokens bigint := 4096;
+BEGIN
+    IF asked ~ '^[0-9]{1,9}$' THEN
+        output_tokens := greatest(asked::bigint, 1);
+    END IF;
+    -- A token is seldom shorter than three bytes of JSON text.
+    RETURN coalesce(keyvault._price_usd(provider.provider, model, now(), octet_length(body::text) / 3, 0, output_tokens),
+                    provider.usd_per_request);
+END $$;
+COMMENT ON FUNCTION keyvault._estimate_usd(keyvault.providers, text, jsonb) IS
+    'An upper estimate of a call''s cost in USD: the body''s bytes / 3 as input, its output limit (4096 tokens without one) as output.';
+
+CREATE FUNCTION keyvault._choose_key(user_id text, provider text, key_name text, INOUT payer text, OUT api_key_id uuid)
+    LANGUAGE plpgsql STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $$
+#variable_conflict use_column
+BEGIN
+    IF $4 IN ('auto', 'user') THEN
+        SELECT k.id INTO api_key_id FROM keyvault.api_keys k
+         WHERE k.user_id = $1 AND k.provider = $2 AND k.name = $3 AND (k.expires_at IS NULL OR k.expires_at > now());
+        IF FOUND THEN
+            payer := 'user';
+            RETURN;
+        END IF;
+    END IF;
+    IF $4 IN ('auto', 'platform') THEN
+        SELECT k.id INTO api_key_id FROM keyvault.api_keys k
+         WHERE k.user_id = '' AND k.provider = $2 AND k.name IN ($3, 'default')
+           AND (k.expires_at IS NULL OR k.expires_at > now())
+         ORDER BY k.name = $3 DESC LIMIT 1;
+        IF FOUND THEN
+            payer := 'platform';
+            RETURN;
+        END IF;
+    END IF;
+    RAISE EXCEPTION 'no API key for provider "%"', $2
+        USING ERRCODE = 'KV003',
+              DETAIL = CASE $4 WHEN 'user' THEN format('User "%s" has no valid key named "%s".', $1, $3)
+                               WHEN 'platform' THEN 'The platform has no valid key.'
+                               ELSE format('Neither user "%s" nor the platform has a valid key.', $1) END,
+              HINT = CASE $4 WHEN 'platform' THEN 'Store one with keyvault.store_platform_key().'
+                             ELSE 'Store one with keyvault.store_api_key().' END;
+END $$;
+COMMENT ON FUNCTION keyvault._choose_key(text, text, text, text) IS
+    'Whose key a call uses, and which: the user''s own, else the platform''s, unless payer forces one. Error: KV003.';
+
+CREATE FUNCTION keyvault._enqueue_request(
+    user_id text, request_id uuid, provider text, body jsonb, path text, model text, payer text, call_key bytea,
+    key_name text, idempotency_key text, timeout_ms integer, metadata jsonb, may_create boolean) RETURNS uuid
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+#variable_conflict use_column
+DECLARE
+    p keyvault.providers;
+    u keyvault.users;
+    earlier keyvault.requests;
+    the_model text := coalesce($6, $4 ->> 'model');
+    the_body jsonb := $4;
+    the_path text;
+    key record;
+    estimate numeric;
+    hold uuid;
+    owed numeric;
+BEGIN
+    SELECT * INTO p FROM keyvault.providers WHERE provider = $3;
+    IF NOT FOUND THEN
+        PERFORM keyvault._unknown_provider($3);
+    END IF;
+    IF jsonb_typeof($4) <> 'object' THEN
+        RAISE EXCEPTION 'the body of a request must be a JSON object'
+            USING ERRCODE = 'invalid_parameter_value', HINT = 'Pass the body that the provider''s API reference describes.';
+    END IF;
+    IF $4 -> 'stream' = 'true' THEN
+        RAISE EXCEPTION 'a request cannot be streamed'
+            USING ERRCODE = 'invalid_parameter_value',
+                  HINT = 'Leave "stream" out of the body: the whole answer is stored when it is there.';
+    END IF;
+    IF $7 NOT IN ('auto', 'user', 'platform') THEN
+        RAISE EXCEPTION 'payer must be auto, user or platform' USING ERRCODE = 'invalid_parameter_value',
+            HINT = 'auto uses the user''s own key if there is one, else the platform''s.';
+    END IF;
+
+    the_path := coalesce($5, p.default_path);
+    IF the_path IS NULL OR the_path !~ '^/[!-~]*$' OR the_path ~ '(^|/)\.\.(/|$)|[#\\]' THEN
+        RAISE EXCEPTION 'a request to provider "%" needs a path that begins with "/"', $3
+            USING ERRCODE = 'invalid_parameter_value', HINT = 'Pass the path of the provider''s API, without its host.';
+    END IF;
+    IF the_path LIKE '%{model}%' THEN
+        IF the_model IS NULL OR the_model !~ '^[A-Za-z0-9][A-Za-z0-9._-]*$' THEN
+            RAISE EXCEPTION 'a request to provider "%" needs a model', $3
+                USING ERRCODE = 'invalid_parameter_value', HINT = 'Pass model => ''name''; letters, digits, ".", "_" and "-".';
+        END IF;
+        the_path := replace(the_path, '{model}', the_model);
+        the_body := the_body - 'model';
+    ELSIF $6 IS NOT NULL AND p.dialect <> 'json' THEN
+        the_body := the_body || jsonb_build_object('model', $6);
+    END IF;
+
+    IF $10 IS NOT NULL THEN
+        SELECT * INTO earlier FROM keyvault.requests r WHERE r.user_id = $1 AND r.idempotency_key = $10;
+        IF FOUND THEN
+            IF earlier.provider <> $3 OR earlier.body <> the_body OR earlier.path <> the_path THEN
+                RAISE EXCEPTION 'idempotency key was already used for another request'
+                    USING ERRCODE = 'invalid_parameter_value', HINT = 'Use a new idempotency key for each different request.';
+            END IF;
+            RETURN earlier.id;
+        END IF;
+    END IF;
+
+    PERFORM keyvault._ensure_user($1, $13);
+    SELECT * INTO STRICT u FROM keyvault.users WHERE user_id = $1;
+    IF u.status <> 'active' THEN
+        RAISE EXCEPTION 'user "%" is %', $1, u.status
+            USING ERRCODE = 'KV007', HINT = 'An administrator lifts a suspension.';
+    END IF;
+
+    IF $8 IS NOT NULL THEN
+        SELECT 'user' AS payer, NULL::uuid AS api_key_id INTO key;
+    ELSE
+        SELECT * INTO key FROM keyvault._choose_key($1, $3, $9, $7);
+    END IF;
+    estimate := keyvault._estimate_usd(p, the_model, the_body);
+    owed := keyvault._credits_owed(u.plan, key.payer, estimate);
+    IF owed > 0 THEN
+        hold := keyvault._hold_credits($1, owed, 'infinity', false);
+    END IF;
+    INSERT INTO keyvault.requests (user_id, id, provider, model, type, path, payer, api_key_id, call_key, timeout_ms,
+                                   hold_id, estimated_usd, idempotency_key, metadata, body)
+    VALUES ($1, $2, $3, the_model, CASE p.dialect WHEN 'json' THEN 'api' ELSE 'chat' END, the_path, key.payer, key.api_key_id, $8,
+            $11, hold, estimate, $10, coalesce($12, '{}'), the_body);
+    RETURN $2;
+END $$;
+COMMENT ON FUNCTION keyvault._enqueue_request(text, uuid, text, jsonb, text, text, text, bytea, text, text, integer, jsonb, boolean) IS
+    'request, after its caller was checked. Errors: 22023, KV001, KV003, KV007.';
+
+CREATE FUNCTION keyvault._credits_owed(plan text, payer text, cost_usd numeric) RETURNS numeric
+    LANGUAGE sql STABLE
+    SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    SELECT least(round(cost_usd * p.credits_per_usd * CASE payer WHEN 'user' THEN p.own_key_rate ELSE 1 END, 6), 999999999999)
+      FROM keyvault.plans p WHERE p.plan = $1;
+END;
+COMMENT ON FUNCTION keyvault._credits_owed(text, text, numeric) IS 'What a cost in USD is in credits on a plan, by whose key was used.';
+
+CREATE FUNCTION keyvault._claim_requests(capacity integer, per_user integer, after_user text)
+    RETURNS TABLE (user_id text, id uuid, attempt integer, provider text, dialect text, base_url text, path text,
+                   auth_header text, auth_scheme text, headers jsonb, allowed_host text, body text, timeout_ms integer,
+                   payer text, api_key_id uuid, call_key bytea)
+    LANGUAGE sql
+    SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    WITH RECURSIVE waiting AS (
+        (SELECT r.user_id FROM keyvault.requests r
+          WHERE r.status = 'queued' AND r.next_attempt_at <= clock_timestamp()
+            AND r.user_id > after_user
+          ORDER BY r.user_id LIMIT 1)
+        UNION ALL
+        (SELECT n.user_id FROM waiting w, LATERAL (
+            SELECT r.user_id FROM keyvault.requests r
+             WHERE r.status = 'queued' AND r.next_attempt_at <= clock_timestamp()
+               AND r.user_id > w.user_id
+             ORDER BY r.user_id LIMIT 1) n)
+    ), turn AS MATERIALIZED (
+        SELECT w.user_id FROM waiting w LIMIT capacity
+    ), claimed AS MATERIALIZED (
+        SELECT c.user_id, c.id
+          FROM turn t, LATERAL (
+            SELECT r.user_id, r.id FROM keyvault.requests r
+             WHERE r.user_id = t.user_id AND r.status = 'queued'
+               AND r.next_attempt_at <= clock_timestamp()
+             ORDER BY r.id
+             LIMIT least(greatest(capacity / (SELECT count(*) FROM turn), 1),
+                         greatest(per_user - (SELECT count(*) FROM keyvault.requests s
+                                               WHERE s.user_id = t.user_id AND s.status = 'sent'), 0))
+               FOR UPDATE SKIP LOCKED) c
+         LIMIT capacity
+    )
+    UPDATE keyvault.requests r
+       SET status = 'sent', attempts = r.attempts + 1, sent_at = clock_timestamp()
+      FROM claimed c, keyvault.providers p
+     WHERE r.user_id = c.user_id AND r.id = c.id AND p.provider = r.provider
+    RETURNING r.user_id, r.id, r.attempts, r.provider, p.dialect, p.base_url, r.path, p.auth_header, p.auth_scheme,
+              p.headers, p.allowed_host, r.body::text, r.timeout_ms, r.payer, r.api_key_id, r.call_key;
+END;
+COMMENT ON FUNCTION keyvault._claim_requests(integer, integer, text) IS
+    'Marks up to capacity due requests as sent and returns what sending them takes: a share for each waiting user after after_user, oldest first, never more than per_user under way for one.';
+
+CREATE FUNCTION keyvault._settle_request(
+    user_id text, id uuid, attempt integer, outcome text, status_code integer, body jsonb, error text, model text,
+    input_tokens bigint, cached_tokens bigint, output_tokens bigint, stated_usd numeric, key_refused boolean) RETURNS boolean
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+#variable_conflict use_column
+DECLARE
+    r keyvault.requests;
+    balance keyvault.credit_balances;
+    cost numeric := 0;
+    owed numeric := 0;
+    charged numeric := 0;
+BEGIN
+    UPDATE keyvault.requests SET status = $4, finished_at = clock_timestamp(), error = $7, call_key = NULL
+     WHERE user_id = $1 AND id = $2 AND status = 'sent' AND attempts = $3
+    RETURNING * INTO r;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    IF $4 = 'done' OR $5 BETWEEN 200 AND 299 THEN
+        -- An answer that does not say what it used is charged as estimated, never silently free.
+        cost := least(coalesce($12, CASE WHEN $9 IS NOT NULL THEN
+                    coalesce(keyvault._price_usd(r.provider, r.model, now(), $9, $10, $11),
+                             keyvault._price_usd(r.provider, $8, now(), $9, $10, $11)) END, r.estimated_usd), 999999999);
+        SELECT keyvault._credits_owed(u.plan, r.payer, cost) INTO owed FROM keyvault.users u WHERE u.user_id = $1;
+    END IF;
+    IF owed > 0 OR r.hold_id IS NOT NULL THEN
+        balance := keyvault._lock_balance($1, false);
+        IF $4 = 'unknown' THEN
+            -- The provider may have charged for it: the credits stay set aside for a day.
+            UPDATE keyvault.credit_holds SET expires_at = now() + interval '1 day' WHERE user_id = $1 AND id = r.hold_id;
+        ELSIF keyvault._release_hold($1, r.hold_id) THEN
+            balance := keyvault._lock_balance($1, false);
+        END IF;
+        charged := least(owed, coalesce(greatest(keyvault._credits_left(balance), 0), owed));
+    END IF;
+    IF $4 = 'done' OR cost > 0 THEN
+        INSERT INTO keyvault.usage_records (user_id, type, provider, model, payer, input_tokens, cached_tokens, output_tokens, tokens,
+                                            credits, credits_overrun, cost_usd, request_id, api_key_id, idempotency_key, metadata)
+        VALUES ($1, r.type, r.provider, coalesce(r.model, $8), r.payer, $9, $10, $11, coalesce($9, 0) + coalesce($11, 0),
+                charged, owed - charged, cost, $2, r.api_key_id, r.idempotency_key, r.metadata);
+    END IF;
+    INSERT INTO keyvault.responses (user_id, id, status, status_code, body, error, model, input_tokens, cached_tokens, output_tokens,
+                                    cost_usd, credits, payer)
+    VALUES ($1, $2, $4, $5, $6, $7, coalesce($8, r.model), $9, $10, $11, cost, charged, r.payer);
+    -- One write a minute tells enough about a busy key, and its row is not fought over.
+    UPDATE keyvault.api_keys k
+       SET last_used_at = now(), status = CASE WHEN $13 THEN 'failed' ELSE 'active' END
+     WHERE k.user_id = CASE r.payer WHEN 'user' THEN $1 ELSE '' END AND k.id = r.api_key_id AND $5 IS NOT NULL
+       AND (k.last_used_at IS NULL OR k.last_used_at < now() - interval '1 minute'
+            OR k.status <> CASE WHEN $13 THEN 'failed' ELSE 'active' END);
+    RETURN true;
+END $$;
+COMMENT ON FUNCTION keyvault._settle_request(text, uuid, integer, text, integer, jsonb, text, text, bigint, bigint, bigint, numeric, boolean) IS
+    'Ends a sent request: answer, usage, price, debit and hold in one go. False, and nothing done, when that attempt is no longer the one under way.';
+
+CREATE FUNCTION keyvault._retry_request(user_id text, id uuid, attempt integer, delay_ms integer, error text) RETURNS boolean
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+#variable_conflict use_column
+BEGIN
+    UPDATE keyvault.requests SET status = 'queued', next_attempt_at = clock_timestamp() + make_interval(secs => $4 / 1000.0), error = $5
+     WHERE user_id = $1 AND id = $2 AND status = 'sent' AND attempts = $3;
+    RETURN FOUND;
+END $$;
+COMMENT ON FUNCTION keyvault._retry_request(text, uuid, integer, integer, text) IS
+    'Puts a sent request back into the queue, due after delay_ms; its hold stays.';
+
+CREATE FUNCTION keyvault._abandon_request(user_id text, id uuid, attempt integer, error text) RETURNS boolean
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+#variable_conflict use_column
+BEGIN
+    UPDATE keyvault.requests SET status = 'unknown', finished_at = clock_timestamp(), error = $4, call_key = NULL
+     WHERE user_id = $1 AND id = $2 AND status = 'sent' AND attempts = $3;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    INSERT INTO keyvault.responses (user_id, id, status, error, payer)
+    SELECT r.user_id, r.id, r.status, r.error, r.payer FROM keyvault.requests r WHERE r.user_id = $1 AND r.id = $2
+    ON CONFLICT DO NOTHING;
+    RETURN true;
+END $$;
+COMMENT ON FUNCTION keyvault._abandon_request(text, uuid, integer, text) IS
+    'The last resort for a request that cannot be settled, because its user is gone for one: marks it unknown and leaves credits alone.';
+
+CREATE FUNCTION keyvault._recover_requests() RETURNS integer
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    r record;
+    recovered integer := 0;
+BEGIN
+    FOR r IN SELECT user_id, id, attempts FROM keyvault.requests WHERE status = 'sent' ORDER BY user_id, id LOOP
+        PERFORM keyvault._settle_request(r.user_id, r.id, r.attempts, 'unknown', NULL, NULL,
+            'the server stopped after the call was sent and before its answer was stored', NULL, NULL, NULL, NULL, NULL, false);
+        recovered := recovered + 1;
+    END LOOP;
+    RETURN recovered;
+END $$;
+COMMENT ON FUNCTION keyvault._recover_requests() IS
+    'Ends as unknown what an earlier worker had sent and not settled: whether the provider did the work cannot be known, so it is neither repeated nor charged. Returns how many.';
+
+CREATE FUNCTION keyvault.request(
+    provider text, body jsonb, path text = NULL, model text = NULL, user_id text = NULL, payer text = 'auto',
+    api_key text = NULL, key_name text = 'default', idempotency_key text = NULL, timeout interval = '120 s',
+    metadata jsonb = '{}') RETURNS uuid
+    LANGUAGE c VOLATILE PARALLEL UNSAFE
+    AS 'MODULE_PATHNAME', 'keyvault_request';
+COMMENT ON FUNCTION keyvault.request(text, jsonb, text, text, text, text, text, text, text, interval, jsonb) IS
+    'Queues a call to a provider and returns its id; the worker sends it when the transaction commits. payer: auto uses the user''s own key if there is one, else the platform''s; api_key is a key for this call alone. The same idempotency_key returns the same request. Errors: KV001 credit limit, KV003 no key, KV007 suspended, KV009 malformed api_key, 22023 bad argument, 42501.';
+
+CREATE FUNCTION keyvault.response(request_id uuid) RETURNS SETOF keyvault.responses
+    LANGUAGE c VOLATILE PARALLEL UNSAFE STRICT ROWS 1
+    AS 'MODULE_PATHNAME', 'keyvault_response';
+COMMENT ON FUNCTION keyvault.response(uuid) IS
+    'The answer to a request, or no row while there is none. Errors: 22023 no such request, 42501 it is another user''s.';
+
+CREATE FUNCTION keyvault.wait_response(request_id uuid, timeout interval = '120 s') RETURNS SETOF keyvault.responses
+    LANGUAGE c VOLATILE PARALLEL UNSAFE STRICT ROWS 1
+    AS 'MODULE_PATHNAME', 'keyvault_wait_response';
+COMMENT ON FUNCTION keyvault.wait_response(uuid, interval) IS
+    'Waits for the answer to a committed request and returns it, or no row after timeout. Errors: 22023 no such request, 42501 it is another user''s, 55000 it is not committed.';
+
+CREATE PROCEDURE keyvault.call(
+    provider text, body jsonb, INOUT response jsonb = NULL, path text = NULL, model text = NULL, user_id text = NULL, payer text = 'auto',
+    api_key text = NULL, key_name text = 'default', idempotency_key text = NULL, timeout interval = '120 s',
+    metadata jsonb = '{}')
+    LANGUAGE c
+    AS 'MODULE_PATHNAME', 'keyvault_call';
+COMMENT ON PROCEDURE keyvault.call(text, jsonb, jsonb, text, text, text, text, text, text, text, interval, jsonb) IS
+    'Queues a call, commits, waits for its answer and returns its body in response. Not inside a transaction block (2D000). Errors: KV008 the call failed or did not end in time, and those of request().';
+
+CREATE FUNCTION keyvault.cancel_request(request_id uuid) RETURNS boolean
+    LANGUAGE c VOLATILE PARALLEL UNSAFE STRICT
+    AS 'MODULE_PATHNAME', 'keyvault_cancel_request';
+COMMENT ON FUNCTION keyvault.cancel_request(uuid) IS
+    'Takes a request that was not sent yet out of the queue and gives its hold back; false when it is too late. Errors: 22023, 42501.';
+
+CREATE FUNCTION keyvault._cancel_request(user_id text, id uuid) RETURNS boolean
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+#variable_conflict use_column
+DECLARE
+    r keyvault.requests;
+BEGIN
+    UPDATE keyvault.requests
+       SET status = 'canceled', finished_at = clock_timestamp(), call_key = NULL, error = 'canceled before it was sent'
+     WHERE user_id = $1 AND id = $2 AND status = 'queued'
+    RETURNING * INTO r;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    PERFORM keyvault._release_hold($1, r.hold_id);
+    INSERT INTO keyvault.responses (user_id, id, status, error, payer) VALUES ($1, $2, r.status, r.error, r.payer);
+    RETURN true;
+END $$;
+COMMENT ON FUNCTION keyvault._cancel_request(text, uuid) IS 'cancel_request, after its caller was checked.';
+
+CREATE VIEW keyvault.request_status WITH (security_invoker = true, security_barrier = true) AS
+SELECT r.user_id, r.id, r.provider, r.model, r.payer, r.status, r.attempts,
+       r.queued_at, r.sent_at, r.finished_at,
+       r.sent_at - r.queued_at AS queue_time, r.finished_at - r.sent_at AS call_time,
+       CASE r.status WHEN 'queued' THEN r.next_attempt_at END AS next_attempt_at,
+       r.error, r.idempotency_key, r.metadata
+  FROM keyvault.requests r;
+COMMENT ON VIEW keyvault.request_status IS
+    'The acting user''s requests: queued, sent, done, failed, unknown or canceled, with attempts, timings and payer.';
+
+CREATE FUNCTION keyvault._wake_worker() RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE
+    AS 'MODULE_PATHNAME', 'keyvault_wake_worker';
+COMMENT ON FUNCTION keyvault._wake_worker() IS
+    'Has this database''s worker look at its queue, and make the partitions it finds missing, when the transaction commits.';
+SELECT keyvault._wake_worker();

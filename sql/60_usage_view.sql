@@ -1,0 +1,35 @@
+-- What applications and analysts read.
+
+CREATE VIEW keyvault.credit_status WITH (security_invoker = true, security_barrier = true) AS
+SELECT u.user_id, u.plan, c.monthly_credits, c.extra_credits, c.credits_used, c.credits_held,
+       CASE WHEN c.monthly_credits IS NOT NULL
+            THEN greatest(c.monthly_credits + c.extra_credits - c.credits_used - c.credits_held, 0) END AS credits_remaining,
+       c.credits_reset_at
+  FROM keyvault.users u
+  JOIN keyvault.credit_balances b ON b.user_id = u.user_id AND b.slot = 0
+  JOIN keyvault.plans p ON p.plan = u.plan
+ CROSS JOIN LATERAL (SELECT coalesce(sum(h.amount), 0)::numeric(18,6) AS amount
+                       FROM keyvault.credit_holds h
+                      WHERE h.user_id = b.user_id AND h.expires_at > now()) held
+ CROSS JOIN LATERAL (
+       SELECT b.monthly_credits, b.extra_credits, b.credits_used, held.amount AS credits_held, b.period_end AS credits_reset_at
+        WHERE b.period_end > now()
+        UNION ALL
+       SELECT p.monthly_credits,
+              (CASE WHEN b.monthly_credits IS NULL THEN b.extra_credits
+                    ELSE greatest(b.extra_credits - greatest(b.credits_used - b.monthly_credits, 0), 0) END)::numeric(18,6),
+              0::numeric(18,6), held.amount,
+              keyvault._period_bound(b.period_anchor, keyvault._period_number(b.period_anchor, now()) + 1)
+        WHERE b.period_end <= now()) c;
+COMMENT ON VIEW keyvault.credit_status IS
+    'Plan and credits of the acting user, of every user for access analyst or admin. Right also for a period that has ended and was not written yet. NULL monthly_credits and credits_remaining are unlimited.';
+
+CREATE VIEW keyvault.usage_by_day WITH (security_invoker = true, security_barrier = true) AS
+SELECT r.user_id, (r.created_at AT TIME ZONE 'UTC')::date AS day, r.provider, r.model, r.type, r.payer,
+       count(*) AS calls, sum(r.input_tokens)::bigint AS input_tokens, sum(r.cached_tokens)::bigint AS cached_tokens,
+       sum(r.output_tokens)::bigint AS output_tokens, sum(r.tokens)::bigint AS tokens,
+       sum(r.credits) AS credits, sum(r.cost_usd) AS cost_usd
+  FROM keyvault.usage_records r
+ GROUP BY r.user_id, (r.created_at AT TIME ZONE 'UTC')::date, r.provider, r.model, r.type, r.payer;
+COMMENT ON VIEW keyvault.usage_by_day IS
+    'Usage per user, UTC day, provider, model, type and payer: calls, tokens, credits debited and provider cost in USD. The acting user''s, every user''s for access analyst or admin.';

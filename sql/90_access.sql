@@ -1,0 +1,88 @@
+-- Every grant of the extension. Nothing is PUBLIC's; access is given by grant_access.
+
+CREATE FUNCTION keyvault._access_statements(access text) RETURNS SETOF text
+    LANGUAGE plpgsql STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    app_functions text[] := '{act_as, upsert_user, set_plan, uuidv7, _debit_tag}';
+    user_functions text[] := '{store_api_key, user_api_keys, user_api_key, delete_api_key, request, response, wait_response, call, cancel_request}';
+    every_function text[] := '{current_user_id, _may_act_for_any_user, _may_read_all_usage, _may_administer, _period_bound, _period_number}';
+    admin_functions text[] := '{upsert_user, set_plan, store_platform_key}';
+    routines text[];
+    member text;
+BEGIN
+    IF access IS NULL OR access NOT IN ('app', 'user', 'analyst', 'admin') THEN
+        RAISE EXCEPTION 'access must be app, user, analyst or admin'
+            USING ERRCODE = 'invalid_parameter_value', HINT = 'See "Access" in doc/keyvault.md.';
+    END IF;
+    routines := every_function || ('_' || access) || CASE access
+        WHEN 'app' THEN app_functions || user_functions
+        WHEN 'user' THEN user_functions
+        WHEN 'admin' THEN admin_functions END;
+    RETURN NEXT 'USAGE ON SCHEMA keyvault';
+    FOR member IN SELECT p.oid::regprocedure::text FROM pg_proc p
+                   WHERE p.pronamespace = 'keyvault'::regnamespace AND p.proname = ANY (routines) ORDER BY 1 LOOP
+        RETURN NEXT 'EXECUTE ON ROUTINE ' || member;
+    END LOOP;
+    RETURN NEXT 'SELECT ON keyvault.users, keyvault.credit_balances, keyvault.credit_holds, keyvault.plans, keyvault.providers, '
+             || 'keyvault.model_prices, keyvault.credit_status, keyvault.usage_records, keyvault.usage_by_day';
+    IF access IN ('app', 'user') THEN
+        RETURN NEXT 'SELECT (user_id, id, provider, model, type, path, payer, api_key_id, status, attempts, timeout_ms, hold_id, estimated_usd, '
+                 || 'idempotency_key, queued_at, next_attempt_at, sent_at, finished_at, error, metadata, body) ON keyvault.requests';
+        RETURN NEXT 'SELECT ON keyvault.responses, keyvault.request_status';
+    END IF;
+    IF access IN ('app', 'user', 'admin') THEN
+        RETURN NEXT 'SELECT (user_id, id, provider, name, hint, source, status, expires_at, last_used_at, last_verified_at, rotated_at, '
+                 || 'created_at, updated_at) ON keyvault.api_keys';
+        RETURN NEXT 'SELECT ON keyvault.api_key_status';
+    END IF;
+    IF access = 'app' THEN
+        -- debit_tag stays out: with it, a writer could pass a row off as debited.
+        RETURN NEXT 'INSERT (user_id, created_at, id, type, provider, model, payer, input_tokens, cached_tokens, output_tokens, tokens, '
+                 || 'credits, cost_usd, request_id, api_key_id, issued_key_id, idempotency_key, metadata) ON keyvault.usage_records';
+        RETURN NEXT 'SET ON PARAMETER "keyvault.user_id"';
+    END IF;
+    IF access = 'admin' THEN
+        RETURN NEXT 'INSERT, UPDATE, DELETE ON keyvault.plans, keyvault.providers, keyvault.model_prices';
+    END IF;
+END $$;
+COMMENT ON FUNCTION keyvault._access_statements(text) IS 'The privileges of an access, each as what stands between GRANT and TO. Error: 22023.';
+
+CREATE FUNCTION keyvault.grant_access(role regrole, access text) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    privilege text;
+BEGIN
+    FOR privilege IN SELECT keyvault._access_statements(access) LOOP
+        EXECUTE format('GRANT %s TO %s', privilege, role);
+    END LOOP;
+END $$;
+COMMENT ON FUNCTION keyvault.grant_access(regrole, text) IS
+    'Gives a role an access: app (trusted application, acts for any user), user (acts as the user it proved to be), analyst (everyone''s usage, no keys), admin (plans, prices, providers, users, platform keys, metadata of keys; never plaintext). A superuser calls it. Errors: 22023, 42501.';
+
+CREATE FUNCTION keyvault.revoke_access(role regrole, access text) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    privilege text;
+    other text;
+BEGIN
+    FOR privilege IN SELECT keyvault._access_statements(access) LOOP
+        EXECUTE format('REVOKE %s FROM %s', privilege, role);
+    END LOOP;
+    -- Accesses overlap: what another one that the role keeps also gives is given again.
+    FOR other IN SELECT substr(p.proname, 2) FROM pg_proc p, aclexplode(p.proacl) a
+                  WHERE p.pronamespace = 'keyvault'::regnamespace AND p.proname IN ('_app', '_user', '_analyst', '_admin')
+                    AND a.grantee = role LOOP
+        PERFORM keyvault.grant_access(role, other);
+    END LOOP;
+END $$;
+COMMENT ON FUNCTION keyvault.revoke_access(regrole, text) IS
+    'Takes an access from a role; other accesses that it was given stay whole. A superuser calls it. Errors: 22023, 42501.';
+
+REVOKE ALL ON ALL ROUTINES IN SCHEMA keyvault FROM PUBLIC;
+REVOKE ALL ON ALL TABLES IN SCHEMA keyvault FROM PUBLIC;

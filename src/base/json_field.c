@@ -1,0 +1,141 @@
+/*-------------------------------------------------------------------------
+ * json_field.c
+ *		Fields of JSON that a stranger sent: a field that is missing, of another type or
+ *		out of range counts as missing, and nothing here throws on bad JSON.
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "base/json_field.h"
+
+#include "fmgr.h"
+#include "mb/pg_wchar.h"
+#include "utils/builtins.h"
+#include "utils/fmgrprotos.h"
+#include "utils/memutils.h"
+
+#if PG_VERSION_NUM >= 160000
+#include "nodes/miscnodes.h"
+#endif
+
+/* More tokens than any call can use; a larger count is not believed. */
+#define COUNT_MAX INT64CONST(1000000000)
+
+/* jsonb_in, with NULL in place of an error about its input. */
+static Jsonb *
+jsonb_or_null(char *text)
+{
+#if PG_VERSION_NUM >= 160000
+	ErrorSaveContext escontext = {T_ErrorSaveContext};
+	Datum		json;
+
+	if (!DirectInputFunctionCallSafe(jsonb_in, text, InvalidOid, -1, (Node *) &escontext, &json))
+		return NULL;
+	return DatumGetJsonbP(json);
+#else
+	/*
+	 * PostgreSQL 15 can only throw. jsonb_in touches nothing but memory, so that there is
+	 * nothing to roll back; other errors than about data go on their way.
+	 */
+	MemoryContext context = CurrentMemoryContext;
+	Jsonb	   *volatile json = NULL;
+
+	PG_TRY();
+	{
+		json = DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum(text)));
+	}
+	PG_CATCH();
+	{
+		int			category = ERRCODE_TO_CATEGORY(geterrcode());
+
+		if (category != ERRCODE_DATA_EXCEPTION && category != ERRCODE_PROGRAM_LIMIT_EXCEEDED)
+			PG_RE_THROW();
+		MemoryContextSwitchTo(context);
+		FlushErrorState();
+		json = NULL;
+	}
+	PG_END_TRY();
+	return json;
+#endif
+}
+
+/* Parse text of the given length, in UTF-8; NULL when it is not JSON that the database can hold. */
+Jsonb *
+kv_json_parse(const char *text, Size length)
+{
+	char	   *copy;
+
+	if (memchr(text, '\0', length) != NULL ||
+		!pg_verify_mbstr(PG_UTF8, text, (int) length, true))
+		return NULL;
+	copy = pnstrdup(text, length);
+	if (GetDatabaseEncoding() != PG_UTF8)
+	{
+		/* Escapes stand for what the database's encoding may lack; raw bytes must be ASCII. */
+		for (Size i = 0; i < length; i++)
+			if (IS_HIGHBIT_SET(copy[i]))
+				return NULL;
+	}
+	return jsonb_or_null(copy);
+}
+
+/* The value at a path of keys with dots between them; false when there is none. */
+static bool
+find_value(Jsonb *json, const char *path, JsonbValue *value)
+{
+	JsonbContainer *container = &json->root;
+
+	for (;;)
+	{
+		const char *dot = strchr(path, '.');
+		int			length = dot ? (int) (dot - path) : (int) strlen(path);
+
+		if (!JsonContainerIsObject(container) ||
+			getKeyJsonValueFromContainer(container, path, length, value) == NULL)
+			return false;
+		if (dot == NULL)
+			return true;
+		if (value->type != jbvBinary)
+			return false;
+		container = value->val.binary.data;
+		path = dot + 1;
+	}
+}
+
+/* A whole number from 0 to 10^9. */
+bool
+kv_json_count(Jsonb *json, const char *path, int64 *count)
+{
+	Numeric		amount;
+	Numeric		limit = int64_to_numeric(COUNT_MAX);
+
+	if (!kv_json_amount(json, path, &amount) ||
+		DatumGetBool(DirectFunctionCall2(numeric_gt, NumericGetDatum(amount), NumericGetDatum(limit))))
+		return false;
+	*count = DatumGetInt64(DirectFunctionCall1(numeric_int8, NumericGetDatum(amount)));
+	return true;
+}
+
+/* A number that is not negative. */
+bool
+kv_json_amount(Jsonb *json, const char *path, Numeric *amount)
+{
+	JsonbValue	value;
+
+	if (!find_value(json, path, &value) || value.type != jbvNumeric ||
+		DatumGetBool(DirectFunctionCall2(numeric_lt, NumericGetDatum(value.val.numeric), NumericGetDatum(int64_to_numeric(0)))))
+		return false;
+	*amount = value.val.numeric;
+	return true;
+}
+
+/* A string, or NULL. */
+char *
+kv_json_string(Jsonb *json, const char *path)
+{
+	JsonbValue	value;
+
+	if (!find_value(json, path, &value) || value.type != jbvString)
+		return NULL;
+	return pnstrdup(value.val.string.val, value.val.string.len);
+}

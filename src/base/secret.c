@@ -1,0 +1,73 @@
+/*-------------------------------------------------------------------------
+ * secret.c
+ *		Memory for secrets, zeroed when it goes.
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "base/secret.h"
+
+#include <sys/mman.h>
+
+#include <openssl/crypto.h>
+
+#include "base/error.h"
+#include "utils/memutils.h"
+
+typedef struct SecretBuffer
+{
+	MemoryContextCallback callback;
+	Size		length;
+	char		bytes[FLEXIBLE_ARRAY_MEMBER];
+} SecretBuffer;
+
+/* Overwrite memory with zeros in a way that the compiler keeps. */
+void
+kv_secret_wipe(void *memory, Size length)
+{
+	OPENSSL_cleanse(memory, length);
+}
+
+static void
+wipe_buffer(void *arg)
+{
+	SecretBuffer *buffer = arg;
+
+	kv_secret_wipe(buffer->bytes, buffer->length);
+}
+
+/*
+ * Allocate memory in the current context that is zeroed when the context is reset or
+ * deleted, after an error too. Not to be passed to pfree.
+ */
+void *
+kv_secret_alloc(Size length)
+{
+	SecretBuffer *buffer = palloc(offsetof(SecretBuffer, bytes) + length);
+
+	buffer->length = length;
+	buffer->callback.func = wipe_buffer;
+	buffer->callback.arg = buffer;
+	MemoryContextRegisterResetCallback(CurrentMemoryContext, &buffer->callback);
+	return buffer->bytes;
+}
+
+/*
+ * Map zeroed memory for the life of the process that stays out of core files and, where
+ * the limit on locked memory allows, out of swap.
+ */
+void *
+kv_secret_page(Size length)
+{
+	void	   *page = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (page == MAP_FAILED)
+		ereport(ERROR,
+				(errcode(ERRCODE_OUT_OF_MEMORY),
+				 errmsg("could not map memory for the master key: %m")));
+#ifdef MADV_DONTDUMP
+	(void) madvise(page, length, MADV_DONTDUMP);
+#endif
+	(void) mlock(page, length);
+	return page;
+}

@@ -1,0 +1,118 @@
+/*-------------------------------------------------------------------------
+ * settings.c
+ *		Every setting of keyvault.
+ *
+ * No setting holds a secret: pg_monitor may read any, ALTER ROLE shows them to
+ * everybody, and a reload logs new values.
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "base/settings.h"
+
+#include <limits.h>
+
+#include "mb/pg_wchar.h"
+#include "utils/guc.h"
+
+char	   *kv_user_id = NULL;
+char	   *kv_master_key_file = NULL;
+bool		kv_allow_master_key_in_data_directory = false;
+bool		kv_create_users = true;
+bool		kv_redact_logs = true;
+char	   *kv_databases = NULL;
+int			kv_max_concurrent_requests = 100;
+int			kv_max_concurrent_requests_per_user = 50;
+int			kv_per_host_connections = 100;
+int			kv_connect_timeout = 10000;
+int			kv_request_timeout = 600000;
+int			kv_max_attempts = 4;
+int			kv_max_response_size = 16384;
+int			kv_worker_idle_timeout = 60000;
+
+static bool
+check_user_id(char **newval, void **extra, GucSource source)
+{
+	if (strlen(*newval) > KV_USER_ID_MAX)
+	{
+		GUC_check_errdetail("A user_id is at most %d bytes long.", KV_USER_ID_MAX);
+		return false;
+	}
+	return true;
+}
+
+static void
+define_identity_settings(void)
+{
+	/*
+	 * PGC_SUSET, and without GUC_NO_RESET_ALL: SET privilege on it is the right to act
+	 * for any user, and DISCARD ALL forgets it before a pooler hands the session on.
+	 */
+	DefineCustomStringVariable("keyvault.user_id",
+							   "The user that the transaction acts as.",
+							   "Set by keyvault.act_as(); GRANT SET ON PARAMETER on it is the right to act for any user.",
+							   &kv_user_id, "", PGC_SUSET,
+							   GUC_DISALLOW_IN_FILE | GUC_NOT_IN_SAMPLE | GUC_NO_SHOW_ALL,
+							   check_user_id, NULL, NULL);
+	DefineCustomBoolVariable("keyvault.create_users",
+							 "Makes a user that does not exist at a trusted application's first write for it.",
+							 NULL, &kv_create_users, true, PGC_SUSET, 0, NULL, NULL, NULL);
+	DefineCustomBoolVariable("keyvault.redact_logs",
+							 "Takes secrets out of what the server logs.",
+							 NULL, &kv_redact_logs, true, PGC_SIGHUP, 0, NULL, NULL, NULL);
+}
+
+static void
+define_master_key_settings(void)
+{
+	DefineCustomStringVariable("keyvault.master_key_file",
+							   "The file that holds the master key: 64 hexadecimal digits, readable by the server's user alone.",
+							   NULL, &kv_master_key_file, "", PGC_SIGHUP, GUC_SUPERUSER_ONLY,
+							   NULL, NULL, NULL);
+	DefineCustomBoolVariable("keyvault.allow_master_key_in_data_directory",
+							 "Accepts a master key file inside the data directory, where base backups carry it along.",
+							 NULL, &kv_allow_master_key_in_data_directory, false, PGC_SIGHUP, 0,
+							 NULL, NULL, NULL);
+}
+
+static void
+define_worker_settings(void)
+{
+	DefineCustomStringVariable("keyvault.databases",
+							   "The databases whose requests are sent, separated by commas; empty for all.",
+							   NULL, &kv_databases, "", PGC_SIGHUP, 0, NULL, NULL, NULL);
+	DefineCustomIntVariable("keyvault.max_concurrent_requests",
+							"Provider calls under way at once, in each database.",
+							NULL, &kv_max_concurrent_requests, 100, 1, 10000, PGC_SIGHUP, 0, NULL, NULL, NULL);
+	DefineCustomIntVariable("keyvault.max_concurrent_requests_per_user",
+							"Provider calls under way at once for one user.",
+							NULL, &kv_max_concurrent_requests_per_user, 50, 1, 10000, PGC_SIGHUP, 0, NULL, NULL, NULL);
+	DefineCustomIntVariable("keyvault.per_host_connections",
+							"Connections that the worker keeps to one host at most.",
+							NULL, &kv_per_host_connections, 100, 1, 10000, PGC_SIGHUP, 0, NULL, NULL, NULL);
+	DefineCustomIntVariable("keyvault.connect_timeout",
+							"Time to connect to a provider.",
+							NULL, &kv_connect_timeout, 10000, 1, INT_MAX, PGC_SIGHUP, GUC_UNIT_MS, NULL, NULL, NULL);
+	DefineCustomIntVariable("keyvault.request_timeout",
+							"The longest time that a request may ask for.",
+							NULL, &kv_request_timeout, 600000, 1, 86400000, PGC_SIGHUP, GUC_UNIT_MS, NULL, NULL, NULL);
+	DefineCustomIntVariable("keyvault.max_attempts",
+							"How often a call is sent before a failure that may pass is final.",
+							NULL, &kv_max_attempts, 4, 1, 100, PGC_SIGHUP, 0, NULL, NULL, NULL);
+	DefineCustomIntVariable("keyvault.max_response_size",
+							"The largest answer, decoded, that is taken from a provider.",
+							NULL, &kv_max_response_size, 16384, 1, 262144, PGC_SIGHUP, GUC_UNIT_KB, NULL, NULL, NULL);
+	DefineCustomIntVariable("keyvault.worker_idle_timeout",
+							"How long a database's worker stays connected with nothing to do.",
+							NULL, &kv_worker_idle_timeout, 60000, 0, INT_MAX, PGC_SIGHUP, GUC_UNIT_MS, NULL, NULL, NULL);
+}
+
+/* Define the settings; called once, while the server preloads the library. */
+void
+kv_settings_init(void)
+{
+	define_identity_settings();
+	define_master_key_settings();
+	define_worker_settings();
+	MarkGUCPrefixReserved("keyvault");
+}

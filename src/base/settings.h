@@ -1,0 +1,31 @@
+/*-------------------------------------------------------------------------
+ * settings.h
+ *		Every setting of keyvault; keyvault.a_b is the variable kv_a_b.
+ *-------------------------------------------------------------------------
+ */
+#ifndef KV_SETTINGS_H
+#define KV_SETTINGS_H
+
+#include "postgres.h"
+
+/* The longest user_id, in bytes. The tables' CHECK says the same. */
+#define KV_USER_ID_MAX 255
+
+extern char *kv_user_id;
+extern char *kv_master_key_file;
+extern bool kv_allow_master_key_in_data_directory;
+extern bool kv_create_users;
+extern bool kv_redact_logs;
+extern char *kv_databases;
+extern int	kv_max_concurrent_requests;
+extern int	kv_max_concurrent_requests_per_user;
+extern int	kv_per_host_connections;
+extern int	kv_connect_timeout;
+extern int	kv_request_timeout;
+extern int	kv_max_attempts;
+extern int	kv_max_response_size;
+extern int	kv_worker_idle_timeout;
+
+extern void kv_settings_init(void);
+
+#endif

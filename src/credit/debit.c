@@ -1,0 +1,320 @@
+/*-------------------------------------------------------------------------
+ * debit.c
+ *		The debit of usage_records.
+ *
+ * The row trigger adds up what a statement owes per user; the statement trigger debits
+ * each user once, in user_id order, so that statements over the same users do not
+ * deadlock. What is owed belongs to the subtransaction that inserted the rows: it is
+ * forgotten when that rolls back and cannot be flushed by another. Rows put into a
+ * partition that lacks the statement trigger are debited before commit.
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "credit/debit.h"
+
+#include "access/xact.h"
+#include "access/xlog.h"
+#include "base/error.h"
+#include "base/index_scan.h"
+#include "base/owner_spi.h"
+#include "base/settings.h"
+#include "catalog/pg_type.h"
+#include "commands/trigger.h"
+#include "common/hashfn.h"
+#include "common/int.h"
+#include "fmgr.h"
+#include "identity/identity.h"
+#include "miscadmin.h"
+#include "replication/logicalworker.h"
+#include "utils/builtins.h"
+#include "utils/hsearch.h"
+#include "utils/memutils.h"
+#include "utils/numeric.h"
+#include "utils/rel.h"
+#include "utils/snapmgr.h"
+
+PG_FUNCTION_INFO_V1(keyvault_debit_tag);
+PG_FUNCTION_INFO_V1(keyvault_collect_debit);
+PG_FUNCTION_INFO_V1(keyvault_flush_debits);
+
+/* numeric(18,6) as a whole number of micro-credits fits in 64 bits. */
+#define MICRO_DIGITS 6
+
+typedef struct Debit
+{
+	char		user_id[KV_USER_ID_MAX + 1];	/* hash key, zero-padded */
+	int			nest_level;						/* hash key: the subtransaction that owes it */
+	int64		micro_credits;
+} Debit;
+
+#define DEBIT_KEY_SIZE offsetof(Debit, micro_credits)
+
+/* What the transaction owes; NULL when nothing. Dropped when the transaction ends. */
+static HTAB *owed = NULL;
+
+/* Columns of usage_records by name, as partitions may order them otherwise. Reset when the relation changes. */
+typedef struct DebitColumns
+{
+	Oid			relation;
+	int			user_id;
+	int			credits;
+	int			debit_tag;
+} DebitColumns;
+
+static DebitColumns columns;
+
+/* A number that names the current transaction of this cluster. */
+static int64
+debit_tag(void)
+{
+	uint64		name[2] = {GetSystemIdentifier(), U64FromFullTransactionId(GetTopFullTransactionId())};
+
+	return (int64) hash_bytes_extended((unsigned char *) name, sizeof(name), 0);
+}
+
+Datum
+keyvault_debit_tag(PG_FUNCTION_ARGS)
+{
+	PG_RETURN_INT64(debit_tag());
+}
+
+/* The amount in micro-credits. */
+static int64
+micro_from_numeric(Numeric credits)
+{
+	return DatumGetInt64(DirectFunctionCall1(numeric_int8,
+											 DirectFunctionCall2(numeric_mul, NumericGetDatum(credits),
+																 NumericGetDatum(int64_to_numeric(INT64CONST(1000000))))));
+}
+
+static void
+find_columns(Relation relation)
+{
+	if (columns.relation == RelationGetRelid(relation))
+		return;
+	columns.user_id = SPI_fnumber(RelationGetDescr(relation), "user_id");
+	columns.credits = SPI_fnumber(RelationGetDescr(relation), "credits");
+	columns.debit_tag = SPI_fnumber(RelationGetDescr(relation), "debit_tag");
+	columns.relation = RelationGetRelid(relation);
+}
+
+static void
+owe(const char *user_id, Size length, int64 micro_credits)
+{
+	Debit		key;
+	Debit	   *debit;
+	bool		found;
+
+	if (owed == NULL)
+	{
+		HASHCTL		control = {.keysize = DEBIT_KEY_SIZE,.entrysize = sizeof(Debit),.hcxt = TopTransactionContext};
+
+		owed = hash_create("keyvault debits", 64, &control, HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
+	}
+	memset(&key, 0, sizeof(key));
+	memcpy(key.user_id, user_id, length);
+	key.nest_level = GetCurrentTransactionNestLevel();
+	debit = hash_search(owed, &key, HASH_ENTER, &found);
+	if (!found)
+		debit->micro_credits = 0;
+	if (pg_add_s64_overflow(debit->micro_credits, micro_credits, &debit->micro_credits))
+		ereport(ERROR,
+				(errcode(ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE),
+				 errmsg("credits of one statement are out of range")));
+}
+
+static void
+check_trigger(FunctionCallInfo fcinfo, bool for_row)
+{
+	TriggerData *trigger = (TriggerData *) fcinfo->context;
+
+	if (!CALLED_AS_TRIGGER(fcinfo) || !TRIGGER_FIRED_AFTER(trigger->tg_event) ||
+		!TRIGGER_FIRED_BY_INSERT(trigger->tg_event) || for_row != (TRIGGER_FIRED_FOR_ROW(trigger->tg_event) != 0))
+		ereport(ERROR,
+				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
+				 errmsg("the debit runs as a trigger after INSERT on keyvault.usage_records")));
+}
+
+Datum
+keyvault_collect_debit(PG_FUNCTION_ARGS)
+{
+	TriggerData *trigger = (TriggerData *) fcinfo->context;
+	TupleDesc	tupdesc;
+	HeapTuple	row;
+	text	   *user_id;
+	int64		micro_credits;
+	bool		isnull;
+
+	check_trigger(fcinfo, true);
+	/* A subscriber receives the balances that its publisher debited. */
+	if (IsLogicalWorker())
+		return PointerGetDatum(NULL);
+	tupdesc = RelationGetDescr(trigger->tg_relation);
+	row = trigger->tg_trigtuple;
+	find_columns(trigger->tg_relation);
+	if (DatumGetInt64(heap_getattr(row, columns.debit_tag, tupdesc, &isnull)) != debit_tag())
+		return PointerGetDatum(NULL);
+	micro_credits = micro_from_numeric(DatumGetNumeric(heap_getattr(row, columns.credits, tupdesc, &isnull)));
+	user_id = DatumGetTextPP(heap_getattr(row, columns.user_id, tupdesc, &isnull));
+	if (VARSIZE_ANY_EXHDR(user_id) == 0 || VARSIZE_ANY_EXHDR(user_id) > KV_USER_ID_MAX)
+		(void) kv_identity_check_user_id(user_id);
+	owe(VARDATA_ANY(user_id), VARSIZE_ANY_EXHDR(user_id), micro_credits);
+	return PointerGetDatum(NULL);
+}
+
+static bool
+has_balance(const char *user_id)
+{
+	KvIndexScan scan;
+	Datum		key = CStringGetTextDatum(user_id);
+	Oid			type = TEXTOID;
+	bool		found;
+
+	kv_owner_fresh_snapshot_begin();
+	kv_index_scan_begin(&scan, "credit_balances", "credit_balances_pkey", 1, &key, &type);
+	found = kv_index_scan_next(&scan, ForwardScanDirection);
+	kv_index_scan_end(&scan);
+	kv_owner_fresh_snapshot_end();
+	return found;
+}
+
+/* Debit one user: a single conditional update, or the slow way when that finds no room. */
+static void
+debit_user(const Debit *debit, Oid caller)
+{
+	static KvStatement fast = {
+		"UPDATE keyvault.credit_balances SET credits_used = credits_used + $2"
+		" WHERE user_id = $1 AND slot = 0 AND period_end > now()"
+		" AND (monthly_credits IS NULL OR credits_used + credits_held + $2 <= monthly_credits + extra_credits)",
+		2, {TEXTOID, NUMERICOID}
+	};
+	static KvStatement slow = {"SELECT keyvault._debit_slow($1, $2, $3)", 3, {TEXTOID, NUMERICOID, BOOLOID}};
+	Datum		values[3] = {
+		CStringGetTextDatum(debit->user_id),
+		NumericGetDatum(int64_div_fast_to_numeric(debit->micro_credits, MICRO_DIGITS)),
+	};
+
+	if (debit->micro_credits == 0 ? has_balance(debit->user_id) : kv_statement_execute(&fast, values, NULL) == 1)
+		return;
+	values[2] = BoolGetDatum(kv_identity_role_acts_for_any_user(caller));
+	kv_statement_execute(&slow, values, NULL);
+}
+
+static int
+compare_debits(const void *a, const void *b)
+{
+	return strcmp((*(Debit *const *) a)->user_id, (*(Debit *const *) b)->user_id);
+}
+
+/* Debit what the current subtransaction owes. */
+static void
+flush_debits(void)
+{
+	int			level = GetCurrentTransactionNestLevel();
+	HASH_SEQ_STATUS status;
+	KvOwnerScope scope;
+	Debit	   *debit;
+	Debit	  **sorted;
+	int			n = 0;
+
+	if (owed == NULL || hash_get_num_entries(owed) == 0)
+		return;
+	sorted = palloc(hash_get_num_entries(owed) * sizeof(Debit *));
+	hash_seq_init(&status, owed);
+	while ((debit = hash_seq_search(&status)) != NULL)
+		if (debit->nest_level == level)
+		{
+			sorted[n] = palloc(sizeof(Debit));
+			*sorted[n++] = *debit;
+			hash_search(owed, debit, HASH_REMOVE, NULL);
+		}
+	if (n == 0)
+		return;
+	qsort(sorted, n, sizeof(Debit *), compare_debits);
+	kv_owner_begin(&scope, false);
+	for (int i = 0; i < n; i++)
+	{
+		CHECK_FOR_INTERRUPTS();
+		debit_user(sorted[i], scope.caller);
+	}
+	kv_owner_end(&scope);
+}
+
+Datum
+keyvault_flush_debits(PG_FUNCTION_ARGS)
+{
+	check_trigger(fcinfo, false);
+	flush_debits();
+	return PointerGetDatum(NULL);
+}
+
+static void
+at_transaction_end(XactEvent event, void *arg)
+{
+	switch (event)
+	{
+		case XACT_EVENT_PRE_COMMIT:
+		case XACT_EVENT_PRE_PREPARE:
+			if (owed != NULL && hash_get_num_entries(owed) > 0)
+			{
+				PushActiveSnapshot(GetTransactionSnapshot());
+				flush_debits();
+				PopActiveSnapshot();
+			}
+			break;
+		case XACT_EVENT_COMMIT:
+		case XACT_EVENT_PREPARE:
+		case XACT_EVENT_ABORT:
+			owed = NULL;
+			columns.relation = InvalidOid;
+			break;
+		default:
+			break;
+	}
+}
+
+/* Hand what a subtransaction still owes to its parent, or forget it. */
+static void
+at_subtransaction_end(SubXactEvent event, SubTransactionId id, SubTransactionId parent, void *arg)
+{
+	int			level = GetCurrentTransactionNestLevel();
+	HASH_SEQ_STATUS status;
+	Debit	   *debit;
+	List	   *inherited = NIL;
+	ListCell   *cell;
+
+	if (owed == NULL || hash_get_num_entries(owed) == 0 ||
+		(event != SUBXACT_EVENT_PRE_COMMIT_SUB && event != SUBXACT_EVENT_ABORT_SUB))
+		return;
+	hash_seq_init(&status, owed);
+	while ((debit = hash_seq_search(&status)) != NULL)
+		if (debit->nest_level >= level)
+		{
+			if (event == SUBXACT_EVENT_PRE_COMMIT_SUB)
+			{
+				Debit	   *copy = MemoryContextAlloc(TopTransactionContext, sizeof(Debit));
+
+				*copy = *debit;
+				inherited = lappend(inherited, copy);
+			}
+			hash_search(owed, debit, HASH_REMOVE, NULL);
+		}
+	foreach(cell, inherited)
+	{
+		Debit	   *copy = lfirst(cell);
+		bool		found;
+
+		copy->nest_level = level - 1;
+		debit = hash_search(owed, copy, HASH_ENTER, &found);
+		debit->micro_credits = copy->micro_credits + (found ? debit->micro_credits : 0);
+	}
+}
+
+/* Follow the end of transactions; called once, while the server preloads the library. */
+void
+kv_debit_init(void)
+{
+	RegisterXactCallback(at_transaction_end, NULL);
+	RegisterSubXactCallback(at_subtransaction_end, NULL);
+}

@@ -1,0 +1,43 @@
+/*-------------------------------------------------------------------------
+ * call.h
+ *		One provider call, from claim to settlement.
+ *-------------------------------------------------------------------------
+ */
+#ifndef KV_CALL_H
+#define KV_CALL_H
+
+#include "postgres.h"
+
+#include "datatype/timestamp.h"
+#include "gateway/transfer.h"
+#include "nodes/pg_list.h"
+#include "utils/uuid.h"
+
+/* A claimed request. Lives in a memory context of its own. */
+typedef struct KvCall
+{
+	MemoryContext context;
+	char	   *user_id;
+	pg_uuid_t	id;
+	int			attempt;
+	char	   *provider;
+	char	   *dialect;
+	char	   *url;
+	char	   *allowed_host;
+	char	  **headers;
+	char	   *body;
+	int			timeout_ms;
+	char	   *key;			/* in secret memory; NULL when it could not be opened */
+	char	   *problem;		/* why the call cannot be made, or NULL */
+	KvTransferResult result;
+} KvCall;
+
+extern List *kv_call_claim(int capacity, int per_user, char **after_user);
+extern void kv_call_start(KvCall *call, KvTransferPool *pool, bool *started);
+extern void kv_call_settle(KvCall *call);
+extern void kv_call_abandon(KvCall *call, const char *reason);
+extern void kv_call_free(KvCall *call, KvTransferPool *pool);
+extern void kv_call_recover(void);
+extern TimestampTz kv_call_next_retry(void);
+
+#endif
