@@ -1,26 +1,10 @@
 -- keyvault: make concatenates the parts in sql/; edit those, not the result.
 \echo Use "CREATE EXTENSION keyvault CASCADE" to load this file. \quit
 
--- A schema prepared by somebody else could hold operators or functions that the
--- extension would then trust: only an empty one that belongs to the installer is taken.
-DO $$
-BEGIN
-    IF (SELECT n.nspowner OPERATOR(pg_catalog.<>) r.oid
-          FROM pg_catalog.pg_namespace n, pg_catalog.pg_roles r
-         WHERE n.nspname OPERATOR(pg_catalog.=) 'keyvault'
-           AND r.rolname OPERATOR(pg_catalog.=) current_user)
-       OR EXISTS (SELECT FROM pg_catalog.pg_depend d, pg_catalog.pg_namespace n
-                   WHERE n.nspname OPERATOR(pg_catalog.=) 'keyvault'
-                     AND d.refclassid OPERATOR(pg_catalog.=) 'pg_catalog.pg_namespace'::pg_catalog.regclass
-                     AND d.refobjid OPERATOR(pg_catalog.=) n.oid
-                     AND d.classid OPERATOR(pg_catalog.<>) 'pg_catalog.pg_extension'::pg_catalog.regclass
-                     AND d.deptype OPERATOR(pg_catalog.=) 'n')
-    THEN
-        RAISE EXCEPTION 'schema "keyvault" already exists and is not empty, or belongs to another role'
-            USING ERRCODE = 'duplicate_schema',
-                  HINT = 'Drop or rename it: CREATE EXTENSION makes its own.';
-    END IF;
-END $$;
+-- Made here and not by the control file, so that DROP EXTENSION takes it along, and a schema
+-- that somebody else prepared, with operators or functions of his own, is never trusted.
+CREATE SCHEMA keyvault;
+COMMENT ON SCHEMA keyvault IS 'Vault, meter and gateway for the AI-provider keys of an application''s users.';
 
 CREATE FUNCTION keyvault.uuidv7() RETURNS uuid
     LANGUAGE c VOLATILE PARALLEL SAFE

@@ -44,19 +44,27 @@ extension_owner(void)
 }
 
 /*
- * Connect SPI and become the extension's owner until kv_owner_end. An error ends the
- * scope by itself. nonatomic allows SPI_commit, for procedures.
+ * Connect SPI and become the extension's owner until kv_owner_end, for statements that
+ * qualify every name, operators and casts included. An error ends the scope by itself.
  */
 void
-kv_owner_begin(KvOwnerScope *scope, bool nonatomic)
+kv_owner_begin_qualified(KvOwnerScope *scope)
 {
 	Oid			owner = extension_owner();
 
-	if (SPI_connect_ext(nonatomic ? SPI_OPT_NONATOMIC : 0) != SPI_OK_CONNECT)
+	if (SPI_connect() != SPI_OK_CONNECT)
 		ereport(ERROR,
 				(errcode(ERRCODE_INTERNAL_ERROR), errmsg("could not connect to SPI")));
 	GetUserIdAndSecContext(&scope->caller, &scope->security_context);
 	SetUserIdAndSecContext(owner, scope->security_context | SECURITY_LOCAL_USERID_CHANGE);
+	scope->guc_level = 0;
+}
+
+/* As kv_owner_begin_qualified, for any statement: names mean pg_catalog's first. */
+void
+kv_owner_begin(KvOwnerScope *scope)
+{
+	kv_owner_begin_qualified(scope);
 	scope->guc_level = NewGUCNestLevel();
 	(void) set_config_option("search_path", "pg_catalog, pg_temp", PGC_USERSET, PGC_S_SESSION,
 							 GUC_ACTION_SAVE, true, 0, false);
@@ -66,7 +74,8 @@ kv_owner_begin(KvOwnerScope *scope, bool nonatomic)
 void
 kv_owner_end(KvOwnerScope *scope)
 {
-	AtEOXact_GUC(true, scope->guc_level);
+	if (scope->guc_level != 0)
+		AtEOXact_GUC(true, scope->guc_level);
 	SetUserIdAndSecContext(scope->caller, scope->security_context);
 	SPI_finish();
 }

@@ -25,10 +25,11 @@ typedef struct KvOwnerScope
 {
 	Oid			caller;
 	int			security_context;
-	int			guc_level;
+	int			guc_level;		/* 0: search_path was left alone */
 } KvOwnerScope;
 
-extern void kv_owner_begin(KvOwnerScope *scope, bool nonatomic);
+extern void kv_owner_begin(KvOwnerScope *scope);
+extern void kv_owner_begin_qualified(KvOwnerScope *scope);
 extern void kv_owner_end(KvOwnerScope *scope);
 extern void kv_owner_fresh_snapshot_begin(void);
 extern void kv_owner_fresh_snapshot_end(void);

@@ -50,7 +50,8 @@ typedef struct Debit
 
 #define DEBIT_KEY_SIZE offsetof(Debit, micro_credits)
 
-/* What the transaction owes; NULL when nothing. Dropped when the transaction ends. */
+/* What the transaction owes: one user (nest_level 0: none) and the others (NULL: none). Dropped when it ends. */
+static Debit first_owed;
 static HTAB *owed = NULL;
 
 /* Columns of usage_records by name, as partitions may order them otherwise. Reset when the relation changes. */
@@ -99,10 +100,10 @@ find_columns(Relation relation)
 	columns.relation = RelationGetRelid(relation);
 }
 
+/* Add to what a user owes at a level. */
 static void
-owe(const char *user_id, Size length, int64 micro_credits)
+add_debit(const Debit *key, int64 micro_credits)
 {
-	Debit		key;
 	Debit	   *debit;
 	bool		found;
 
@@ -112,16 +113,41 @@ owe(const char *user_id, Size length, int64 micro_credits)
 
 		owed = hash_create("keyvault debits", 64, &control, HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
 	}
-	memset(&key, 0, sizeof(key));
-	memcpy(key.user_id, user_id, length);
-	key.nest_level = GetCurrentTransactionNestLevel();
-	debit = hash_search(owed, &key, HASH_ENTER, &found);
+	debit = hash_search(owed, key, HASH_ENTER, &found);
 	if (!found)
 		debit->micro_credits = 0;
 	if (pg_add_s64_overflow(debit->micro_credits, micro_credits, &debit->micro_credits))
 		ereport(ERROR,
 				(errcode(ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE),
 				 errmsg("credits of one statement are out of range")));
+}
+
+/* Note what a row costs. The first user of a statement is kept apart: mostly it is the only one. */
+static void
+owe(const char *user_id, Size length, int64 micro_credits)
+{
+	int			level = GetCurrentTransactionNestLevel();
+	Debit		key;
+
+	if (first_owed.nest_level == 0)
+	{
+		memset(&first_owed, 0, sizeof(first_owed));
+		memcpy(first_owed.user_id, user_id, length);
+		first_owed.nest_level = level;
+		first_owed.micro_credits = micro_credits;
+		return;
+	}
+	if (first_owed.nest_level == level && strncmp(first_owed.user_id, user_id, length) == 0 &&
+		first_owed.user_id[length] == '\0' &&
+		!pg_add_s64_overflow(first_owed.micro_credits, micro_credits, &micro_credits))
+	{
+		first_owed.micro_credits = micro_credits;
+		return;
+	}
+	memset(&key, 0, sizeof(key));
+	memcpy(key.user_id, user_id, length);
+	key.nest_level = level;
+	add_debit(&key, micro_credits);
 }
 
 static void
@@ -184,9 +210,11 @@ static void
 debit_user(const Debit *debit, Oid caller)
 {
 	static KvStatement fast = {
-		"UPDATE keyvault.credit_balances SET credits_used = credits_used + $2"
-		" WHERE user_id = $1 AND slot = 0 AND period_end > now()"
-		" AND (monthly_credits IS NULL OR credits_used + credits_held + $2 <= monthly_credits + extra_credits)",
+		"UPDATE keyvault.credit_balances SET credits_used = credits_used OPERATOR(pg_catalog.+) $2"
+		" WHERE user_id OPERATOR(pg_catalog.=) $1 AND slot OPERATOR(pg_catalog.=) 0::pg_catalog.int2"
+		" AND period_end OPERATOR(pg_catalog.>) pg_catalog.now() AND (monthly_credits IS NULL"
+		" OR ((credits_used OPERATOR(pg_catalog.+) credits_held) OPERATOR(pg_catalog.+) $2)"
+		" OPERATOR(pg_catalog.<=) (monthly_credits OPERATOR(pg_catalog.+) extra_credits))",
 		2, {TEXTOID, NUMERICOID}
 	};
 	static KvStatement slow = {"SELECT keyvault._debit_slow($1, $2, $3)", 3, {TEXTOID, NUMERICOID, BOOLOID}};
@@ -204,41 +232,62 @@ debit_user(const Debit *debit, Oid caller)
 static int
 compare_debits(const void *a, const void *b)
 {
-	return strcmp((*(Debit *const *) a)->user_id, (*(Debit *const *) b)->user_id);
+	return strcmp(((const Debit *) a)->user_id, ((const Debit *) b)->user_id);
+}
+
+static bool
+owes_nothing(void)
+{
+	return first_owed.nest_level == 0 && (owed == NULL || hash_get_num_entries(owed) == 0);
+}
+
+/* Take out what is owed at a level or above it, unsorted; returns how many. */
+static int
+take_debits(int level, bool above, Debit **taken)
+{
+	HASH_SEQ_STATUS status;
+	Debit	   *debit;
+	int			n = 0;
+
+	*taken = palloc((1 + (owed ? hash_get_num_entries(owed) : 0)) * sizeof(Debit));
+	if (first_owed.nest_level == level || (above && first_owed.nest_level > level))
+	{
+		(*taken)[n++] = first_owed;
+		first_owed.nest_level = 0;
+	}
+	if (owed == NULL)
+		return n;
+	hash_seq_init(&status, owed);
+	while ((debit = hash_seq_search(&status)) != NULL)
+		if (debit->nest_level == level || (above && debit->nest_level > level))
+		{
+			(*taken)[n++] = *debit;
+			hash_search(owed, debit, HASH_REMOVE, NULL);
+		}
+	return n;
 }
 
 /* Debit what the current subtransaction owes. */
 static void
 flush_debits(void)
 {
-	int			level = GetCurrentTransactionNestLevel();
-	HASH_SEQ_STATUS status;
 	KvOwnerScope scope;
-	Debit	   *debit;
-	Debit	  **sorted;
-	int			n = 0;
+	Debit	   *debits;
+	int			n;
 
-	if (owed == NULL || hash_get_num_entries(owed) == 0)
+	if (owes_nothing())
 		return;
-	sorted = palloc(hash_get_num_entries(owed) * sizeof(Debit *));
-	hash_seq_init(&status, owed);
-	while ((debit = hash_seq_search(&status)) != NULL)
-		if (debit->nest_level == level)
-		{
-			sorted[n] = palloc(sizeof(Debit));
-			*sorted[n++] = *debit;
-			hash_search(owed, debit, HASH_REMOVE, NULL);
-		}
-	if (n == 0)
-		return;
-	qsort(sorted, n, sizeof(Debit *), compare_debits);
-	kv_owner_begin(&scope, false);
+	n = take_debits(GetCurrentTransactionNestLevel(), false, &debits);
+	if (n > 1)
+		qsort(debits, n, sizeof(Debit), compare_debits);
+	kv_owner_begin_qualified(&scope);
 	for (int i = 0; i < n; i++)
 	{
 		CHECK_FOR_INTERRUPTS();
-		debit_user(sorted[i], scope.caller);
+		debit_user(&debits[i], scope.caller);
 	}
 	kv_owner_end(&scope);
+	pfree(debits);
 }
 
 Datum
@@ -256,7 +305,7 @@ at_transaction_end(XactEvent event, void *arg)
 	{
 		case XACT_EVENT_PRE_COMMIT:
 		case XACT_EVENT_PRE_PREPARE:
-			if (owed != NULL && hash_get_num_entries(owed) > 0)
+			if (!owes_nothing())
 			{
 				PushActiveSnapshot(GetTransactionSnapshot());
 				flush_debits();
@@ -267,6 +316,7 @@ at_transaction_end(XactEvent event, void *arg)
 		case XACT_EVENT_PREPARE:
 		case XACT_EVENT_ABORT:
 			owed = NULL;
+			first_owed.nest_level = 0;
 			columns.relation = InvalidOid;
 			break;
 		default:
@@ -279,36 +329,18 @@ static void
 at_subtransaction_end(SubXactEvent event, SubTransactionId id, SubTransactionId parent, void *arg)
 {
 	int			level = GetCurrentTransactionNestLevel();
-	HASH_SEQ_STATUS status;
-	Debit	   *debit;
-	List	   *inherited = NIL;
-	ListCell   *cell;
+	Debit	   *debits;
+	int			n;
 
-	if (owed == NULL || hash_get_num_entries(owed) == 0 ||
-		(event != SUBXACT_EVENT_PRE_COMMIT_SUB && event != SUBXACT_EVENT_ABORT_SUB))
+	if (owes_nothing() || (event != SUBXACT_EVENT_PRE_COMMIT_SUB && event != SUBXACT_EVENT_ABORT_SUB))
 		return;
-	hash_seq_init(&status, owed);
-	while ((debit = hash_seq_search(&status)) != NULL)
-		if (debit->nest_level >= level)
-		{
-			if (event == SUBXACT_EVENT_PRE_COMMIT_SUB)
-			{
-				Debit	   *copy = MemoryContextAlloc(TopTransactionContext, sizeof(Debit));
-
-				*copy = *debit;
-				inherited = lappend(inherited, copy);
-			}
-			hash_search(owed, debit, HASH_REMOVE, NULL);
-		}
-	foreach(cell, inherited)
+	n = take_debits(level, true, &debits);
+	for (int i = 0; event == SUBXACT_EVENT_PRE_COMMIT_SUB && i < n; i++)
 	{
-		Debit	   *copy = lfirst(cell);
-		bool		found;
-
-		copy->nest_level = level - 1;
-		debit = hash_search(owed, copy, HASH_ENTER, &found);
-		debit->micro_credits = copy->micro_credits + (found ? debit->micro_credits : 0);
+		debits[i].nest_level = level - 1;
+		add_debit(&debits[i], debits[i].micro_credits);
 	}
+	pfree(debits);
 }
 
 /* Follow the end of transactions; called once, while the server preloads the library. */

@@ -122,6 +122,7 @@ load_key_file(const char *path)
 {
 	static const char info[] = "keyvault/v1/kek-id";
 	char	   *text = kv_secret_alloc(FILE_SIZE_MAX + 1);
+	uint8		id[KV_MAC_SIZE];
 
 	if (loaded == NULL)
 		loaded = kv_secret_page(sizeof(KvMasterKey));
@@ -132,7 +133,8 @@ load_key_file(const char *path)
 
 	read_key_file(path, text);
 	decode_key(path, text, loaded->key);
-	kv_hkdf_sha256(loaded->key, KV_KEY_SIZE, NULL, 0, (const uint8 *) info, strlen(info), loaded->kek_id, KV_KEK_ID_SIZE);
+	kv_hkdf_sha256(loaded->key, KV_KEY_SIZE, NULL, 0, (const uint8 *) info, strlen(info), id, sizeof(id));
+	memcpy(loaded->kek_id, id, KV_KEK_ID_SIZE);
 	loaded->source = KV_MASTER_KEY_FILE;
 	loaded_at = PgReloadTime;
 	loaded_from = MemoryContextStrdup(TopMemoryContext, path);

@@ -191,7 +191,7 @@ kv_call_claim(int capacity, int per_user, char **after_user)
 	List	   *calls = NIL;
 	KvOwnerScope scope;
 
-	kv_owner_begin(&scope, false);
+	kv_owner_begin(&scope);
 	/* Once from where the last claim stopped, and once more from the start. */
 	for (int round = 0; round < 2 && list_length(calls) < capacity; round++)
 	{
@@ -341,7 +341,7 @@ kv_call_settle(KvCall *call)
 		kv_dialect_read_usage(call->dialect, answer, &usage);
 	failure = describe_failure(call, answer != NULL);
 
-	kv_owner_begin(&scope, false);
+	kv_owner_begin(&scope);
 	if (failure && is_worth_a_retry(call))
 	{
 		retry(call, failure);
@@ -384,7 +384,7 @@ kv_call_abandon(KvCall *call, const char *reason)
 	};
 	KvOwnerScope scope;
 
-	kv_owner_begin(&scope, false);
+	kv_owner_begin(&scope);
 	kv_statement_execute(&abandon, values, NULL);
 	kv_owner_end(&scope);
 }
@@ -398,7 +398,7 @@ kv_call_recover(void)
 	bool		isnull;
 	int			n;
 
-	kv_owner_begin(&scope, false);
+	kv_owner_begin(&scope);
 	n = DatumGetInt32(kv_statement_value(&recover, NULL, NULL, &isnull));
 	kv_owner_end(&scope);
 	if (n > 0)
@@ -417,7 +417,7 @@ kv_call_next_retry(void)
 	bool		isnull;
 	TimestampTz due;
 
-	kv_owner_begin(&scope, false);
+	kv_owner_begin(&scope);
 	due = DatumGetTimestampTz(kv_statement_value(&next, NULL, NULL, &isnull));
 	kv_owner_end(&scope);
 	return due;

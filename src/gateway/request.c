@@ -99,7 +99,7 @@ seal_call_key(FunctionCallInfo fcinfo, const ArgumentOrder *order, const char *u
 
 /* Write a request and have the worker look at commit. Returns its id, of an earlier one with the same idempotency key. */
 static pg_uuid_t *
-enqueue(FunctionCallInfo fcinfo, const ArgumentOrder *order, char **user_id, bool nonatomic)
+enqueue(FunctionCallInfo fcinfo, const ArgumentOrder *order, char **user_id)
 {
 	static KvStatement insert = {
 		"SELECT keyvault._enqueue_request($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)", 13,
@@ -136,7 +136,7 @@ enqueue(FunctionCallInfo fcinfo, const ArgumentOrder *order, char **user_id, boo
 	values[10] = Int32GetDatum(interval_ms(fcinfo, order->timeout, kv_request_timeout));
 	values[12] = BoolGetDatum(may_create);
 
-	kv_owner_begin(&scope, nonatomic);
+	kv_owner_begin(&scope);
 	if (PG_ARGISNULL(order->api_key))
 		nulls[7] = 'n';
 	else
@@ -153,7 +153,7 @@ keyvault_request(PG_FUNCTION_ARGS)
 {
 	char	   *user_id;
 
-	PG_RETURN_UUID_P(enqueue(fcinfo, &request_order, &user_id, false));
+	PG_RETURN_UUID_P(enqueue(fcinfo, &request_order, &user_id));
 }
 
 static KvStatement find_owner = {
@@ -173,7 +173,7 @@ user_of_request(const pg_uuid_t *id, bool *written)
 	MemoryContext context = CurrentMemoryContext;
 	bool		isnull;
 
-	kv_owner_begin(&scope, false);
+	kv_owner_begin(&scope);
 	if (kv_statement_read(&find_owner, &value, GetLatestSnapshot()) > 0)
 	{
 		MemoryContext old = MemoryContextSwitchTo(context);
@@ -207,7 +207,7 @@ read_response(const char *user_id, const pg_uuid_t *id, TupleDesc *tupdesc)
 	HeapTuple	row = NULL;
 	KvOwnerScope scope;
 
-	kv_owner_begin(&scope, false);
+	kv_owner_begin(&scope);
 	if (kv_statement_read(&find_response, values, GetLatestSnapshot()) > 0)
 	{
 		MemoryContext old = MemoryContextSwitchTo(context);
@@ -334,7 +334,7 @@ keyvault_call(PG_FUNCTION_ARGS)
 	if (SPI_connect_ext(SPI_OPT_NONATOMIC) != SPI_OK_CONNECT)
 		ereport(ERROR,
 				(errcode(ERRCODE_INTERNAL_ERROR), errmsg("could not connect to SPI")));
-	id = enqueue(fcinfo, &call_order, &user_id, false);
+	id = enqueue(fcinfo, &call_order, &user_id);
 	SPI_commit();
 	row = await_response(user_id, id, timeout_ms, true, &response_desc);
 	if (row == NULL)
@@ -368,7 +368,7 @@ keyvault_cancel_request(PG_FUNCTION_ARGS)
 	bool		isnull;
 	bool		canceled;
 
-	kv_owner_begin(&scope, false);
+	kv_owner_begin(&scope);
 	canceled = DatumGetBool(kv_statement_value(&cancel, values, NULL, &isnull));
 	kv_owner_end(&scope);
 	kv_worker_announce_at_commit();

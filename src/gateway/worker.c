@@ -326,7 +326,7 @@ maintain(Worker *worker)
 	PG_TRY();
 	{
 		begin_turn("making partitions");
-		kv_owner_begin(&scope, false);
+		kv_owner_begin(&scope);
 		kv_statement_execute(&partitions, NULL, NULL);
 		kv_owner_end(&scope);
 		end_turn();

@@ -48,7 +48,7 @@ keyvault_upsert_user(PG_FUNCTION_ARGS)
 		if (PG_ARGISNULL(i))
 			nulls[i] = 'n';
 	}
-	kv_owner_begin(&scope, false);
+	kv_owner_begin(&scope);
 	kv_statement_execute(&upsert, values, nulls);
 	kv_owner_end(&scope);
 	PG_RETURN_DATUM(PG_GETARG_DATUM(0));
@@ -63,7 +63,7 @@ keyvault_set_plan(PG_FUNCTION_ARGS)
 
 	(void) kv_identity_check_user_id(PG_GETARG_TEXT_PP(0));
 	require_account_rights();
-	kv_owner_begin(&scope, false);
+	kv_owner_begin(&scope);
 	kv_statement_execute(&set_plan, values, NULL);
 	kv_owner_end(&scope);
 	PG_RETURN_VOID();

@@ -74,7 +74,7 @@ raise_unknown_provider(const char *provider)
 	Datum		value = CStringGetTextDatum(provider);
 	KvOwnerScope scope;
 
-	kv_owner_begin(&scope, false);
+	kv_owner_begin(&scope);
 	kv_statement_execute(&raise, &value, NULL);
 	kv_owner_end(&scope);
 }
@@ -252,7 +252,7 @@ store(const char *user_id, const char *provider, const char *name, const char *k
 	pg_uuid_t  *id = palloc(sizeof(pg_uuid_t));
 	KvOwnerScope scope;
 
-	kv_owner_begin(&scope, false);
+	kv_owner_begin(&scope);
 	kv_api_key_check_shape(key, provider);
 	if (*user_id)
 	{
@@ -453,7 +453,7 @@ keyvault_delete_api_key(PG_FUNCTION_ARGS)
 	KvOwnerScope scope;
 	bool		deleted;
 
-	kv_owner_begin(&scope, false);
+	kv_owner_begin(&scope);
 	deleted = kv_statement_execute(&delete, values, NULL) > 0;
 	kv_owner_end(&scope);
 	if (!deleted)
