@@ -24,6 +24,26 @@ CREATE TRIGGER keep_customized BEFORE INSERT OR UPDATE ON keyvault.plans
     FOR EACH ROW EXECUTE FUNCTION keyvault._keep_customized('{plan}');
 SELECT pg_catalog.pg_extension_config_dump('keyvault.plans', 'WHERE NOT seeded');
 
+CREATE FUNCTION keyvault._keep_used_plan() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    -- A seed that gives way to an inserted row of the same name is replaced, not deleted.
+    IF pg_trigger_depth() > 1 OR (TG_OP = 'UPDATE' AND NEW.plan = OLD.plan) THEN
+        RETURN coalesce(NEW, OLD);
+    END IF;
+    IF OLD.plan = 'free' OR EXISTS (SELECT FROM keyvault.users u WHERE u.plan = OLD.plan) THEN
+        RAISE EXCEPTION 'plan "%" is in use', OLD.plan
+            USING ERRCODE = 'dependent_objects_still_exist',
+                  HINT = 'Move its users with keyvault.set_plan() first; plan free is every new user''s.';
+    END IF;
+    RETURN coalesce(NEW, OLD);
+END $$;
+COMMENT ON FUNCTION keyvault._keep_used_plan() IS 'Trigger of plans: refuses with 2BP01 to delete or rename one that users are on.';
+CREATE TRIGGER keep_used_plan BEFORE UPDATE OR DELETE ON keyvault.plans
+    FOR EACH ROW EXECUTE FUNCTION keyvault._keep_used_plan();
+
 CREATE TABLE keyvault.users (
     user_id text COLLATE "C" PRIMARY KEY CHECK (octet_length(user_id) BETWEEN 1 AND 255),
     kind    text NOT NULL DEFAULT 'person' CHECK (kind IN ('person', 'organization')),

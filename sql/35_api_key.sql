@@ -31,6 +31,15 @@ COMMENT ON TABLE keyvault.data_keys IS 'Each user''s data key, wrapped by a mast
 COMMENT ON COLUMN keyvault.data_keys.wrapped IS 'D | 1 | suite | source | master key version (4) | kek_id (16) | nonce (12) | wrapped key (32) | tag (16).';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.data_keys', '');
 
+CREATE FUNCTION keyvault._forget_data_keys() RETURNS trigger
+    LANGUAGE c
+    AS 'MODULE_PATHNAME', 'keyvault_forget_data_keys';
+COMMENT ON FUNCTION keyvault._forget_data_keys() IS
+    'Trigger of data_keys: has every process forget the data keys that it keeps unwrapped.';
+CREATE TRIGGER forget_data_keys AFTER UPDATE OR DELETE OR TRUNCATE ON keyvault.data_keys
+    EXECUTE FUNCTION keyvault._forget_data_keys();
+ALTER TABLE keyvault.data_keys ENABLE ALWAYS TRIGGER forget_data_keys;
+
 CREATE TABLE keyvault.api_keys (
     user_id      text COLLATE "C" NOT NULL,
     id           uuid NOT NULL,

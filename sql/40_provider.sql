@@ -5,9 +5,11 @@ CREATE TABLE keyvault.providers (
     base_url     text NOT NULL CHECK (base_url ~ '^https?://[!-~]+$' AND base_url !~ '[?#@]'),
     dialect      text NOT NULL DEFAULT 'json' CHECK (dialect IN ('openai', 'anthropic', 'gemini', 'json')),
     default_path text CHECK (default_path ~ '^/[!-~]*$'),
+    platform_paths text[] NOT NULL DEFAULT '{}',
     auth_header  text NOT NULL DEFAULT 'Authorization' CHECK (auth_header ~ '^[A-Za-z0-9-]{1,64}$'),
     auth_scheme  text CHECK (auth_scheme ~ '^[A-Za-z0-9-]{1,32}$'),
-    headers      jsonb NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(headers) = 'object'),
+    headers      jsonb NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(headers) = 'object' AND NOT jsonb_path_exists(headers,
+                 '$.keyvalue() ? (@.value.type() != "string" || !(@.value like_regex "^[ -~]*$") || !(@.key like_regex "^[A-Za-z0-9-]+$"))')),
     env_variable text CHECK (env_variable ~ '^[A-Z][A-Z0-9_]{0,62}$'),
     key_pattern  text,
     test_path    text CHECK (test_path ~ '^/[!-~]*$'),
@@ -18,6 +20,8 @@ CREATE TABLE keyvault.providers (
 COMMENT ON TABLE keyvault.providers IS 'How each provider is reached. Add a row for a provider of your own.';
 COMMENT ON COLUMN keyvault.providers.dialect IS 'How requests are authenticated and answers read: openai, anthropic, gemini, or json for any JSON API.';
 COMMENT ON COLUMN keyvault.providers.default_path IS 'Path of a request that names none; {model} stands for the model.';
+COMMENT ON COLUMN keyvault.providers.platform_paths IS
+    'Paths that may be called with the platform''s key, {model} standing for the model; empty for any. A user''s own key may call any.';
 COMMENT ON COLUMN keyvault.providers.auth_header IS 'The header that carries the key.';
 COMMENT ON COLUMN keyvault.providers.auth_scheme IS 'The word before the key in that header, such as Bearer; NULL for the bare key.';
 COMMENT ON COLUMN keyvault.providers.headers IS 'Further headers of every request, {"name": "value"}.';
@@ -30,26 +34,27 @@ COMMENT ON COLUMN keyvault.providers.usd_per_request IS 'Cost of a call for whic
 
 -- key_pattern refuses only what is recognisably another provider's key: no vendor promises a shape for its own.
 INSERT INTO keyvault.providers
-    (provider, base_url, dialect, default_path, auth_header, auth_scheme, headers, env_variable, key_pattern, test_path, seeded)
+    (provider, base_url, dialect, default_path, platform_paths, auth_header, auth_scheme, headers, env_variable, key_pattern, test_path, seeded)
 VALUES
-    ('openai', 'https://api.openai.com', 'openai', '/v1/chat/completions', 'Authorization', 'Bearer', '{}',
+    ('openai', 'https://api.openai.com', 'openai', '/v1/chat/completions', '{/v1/chat/completions,/v1/responses,/v1/embeddings}', 'Authorization', 'Bearer', '{}',
      'OPENAI_API_KEY', '^(?!sk-ant-|AIza|xai-|gsk_)', '/v1/models', true),
-    ('anthropic', 'https://api.anthropic.com', 'anthropic', '/v1/messages', 'x-api-key', NULL, '{"anthropic-version": "2023-06-01"}',
+    ('anthropic', 'https://api.anthropic.com', 'anthropic', '/v1/messages', '{/v1/messages}', 'x-api-key', NULL, '{"anthropic-version": "2023-06-01"}',
      'ANTHROPIC_API_KEY', '^(?!sk-proj-|AIza|xai-|gsk_)', '/v1/models', true),
-    ('gemini', 'https://generativelanguage.googleapis.com', 'gemini', '/v1beta/models/{model}:generateContent', 'x-goog-api-key', NULL, '{}',
+    ('gemini', 'https://generativelanguage.googleapis.com', 'gemini', '/v1beta/models/{model}:generateContent',
+     ARRAY['/v1beta/models/{model}:generateContent', '/v1beta/models/{model}:embedContent', '/v1beta/models/{model}:batchEmbedContents'], 'x-goog-api-key', NULL, '{}',
      'GEMINI_API_KEY', '^(?!sk-ant-|sk-proj-|xai-|gsk_)', '/v1beta/models', true),
-    ('exa', 'https://api.exa.ai', 'json', '/search', 'x-api-key', NULL, '{}', 'EXA_API_KEY', NULL, NULL, true),
-    ('copilotkit', 'https://api.cloud.copilotkit.ai', 'json', NULL, 'X-CopilotCloud-Public-Api-Key', NULL, '{}',
+    ('exa', 'https://api.exa.ai', 'json', '/search', '{/search,/contents,/answer,/findSimilar}', 'x-api-key', NULL, '{}', 'EXA_API_KEY', NULL, NULL, true),
+    ('copilotkit', 'https://api.cloud.copilotkit.ai', 'json', NULL, '{}', 'X-CopilotCloud-Public-Api-Key', NULL, '{}',
      'COPILOTKIT_API_KEY', NULL, NULL, true),
-    ('mistral', 'https://api.mistral.ai', 'openai', '/v1/chat/completions', 'Authorization', 'Bearer', '{}',
+    ('mistral', 'https://api.mistral.ai', 'openai', '/v1/chat/completions', '{/v1/chat/completions,/v1/embeddings}', 'Authorization', 'Bearer', '{}',
      'MISTRAL_API_KEY', NULL, '/v1/models', true),
-    ('cohere', 'https://api.cohere.ai/compatibility', 'openai', '/v1/chat/completions', 'Authorization', 'Bearer', '{}',
+    ('cohere', 'https://api.cohere.ai/compatibility', 'openai', '/v1/chat/completions', '{/v1/chat/completions,/v1/embeddings}', 'Authorization', 'Bearer', '{}',
      'COHERE_API_KEY', NULL, NULL, true),
-    ('groq', 'https://api.groq.com/openai', 'openai', '/v1/chat/completions', 'Authorization', 'Bearer', '{}',
+    ('groq', 'https://api.groq.com/openai', 'openai', '/v1/chat/completions', '{/v1/chat/completions}', 'Authorization', 'Bearer', '{}',
      'GROQ_API_KEY', NULL, '/v1/models', true),
-    ('deepseek', 'https://api.deepseek.com', 'openai', '/chat/completions', 'Authorization', 'Bearer', '{}',
+    ('deepseek', 'https://api.deepseek.com', 'openai', '/chat/completions', '{/chat/completions}', 'Authorization', 'Bearer', '{}',
      'DEEPSEEK_API_KEY', NULL, '/models', true),
-    ('xai', 'https://api.x.ai', 'openai', '/v1/chat/completions', 'Authorization', 'Bearer', '{}',
+    ('xai', 'https://api.x.ai', 'openai', '/v1/chat/completions', '{/v1/chat/completions}', 'Authorization', 'Bearer', '{}',
      'XAI_API_KEY', NULL, '/v1/models', true);
 
 CREATE TRIGGER keep_customized BEFORE INSERT OR UPDATE ON keyvault.providers
@@ -159,17 +164,18 @@ CREATE TRIGGER keep_customized BEFORE INSERT OR UPDATE ON keyvault.model_prices
     FOR EACH ROW EXECUTE FUNCTION keyvault._keep_customized('{provider,model,valid_from}');
 SELECT pg_catalog.pg_extension_config_dump('keyvault.model_prices', 'WHERE NOT seeded');
 
-CREATE FUNCTION keyvault._unknown_provider(provider text) RETURNS void
+CREATE FUNCTION keyvault._unknown_provider() RETURNS void
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
-    RAISE EXCEPTION 'unknown provider "%"', $1
+    RAISE EXCEPTION 'unknown provider'
         USING ERRCODE = 'invalid_parameter_value',
-              HINT = format('Known providers: %s. An administrator adds one with INSERT INTO keyvault.providers (provider, base_url, ...).',
+              HINT = format('Known providers: %s. A superuser adds one with INSERT INTO keyvault.providers (provider, base_url, ...).',
                             (SELECT string_agg(p.provider, ', ' ORDER BY p.provider) FROM keyvault.providers p));
 END $$;
-COMMENT ON FUNCTION keyvault._unknown_provider(text) IS 'Raises 22023 with the providers that are known.';
+COMMENT ON FUNCTION keyvault._unknown_provider() IS
+    'Raises 22023 with the providers that are known; what was asked for is not quoted, as it may be a key in the wrong place.';
 
 CREATE FUNCTION keyvault._price_usd(provider text, model text, at timestamptz, input_tokens bigint, cached_tokens bigint, output_tokens bigint) RETURNS numeric
     LANGUAGE sql STABLE

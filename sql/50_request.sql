@@ -73,19 +73,24 @@ CREATE FUNCTION keyvault._estimate_usd(provider keyvault.providers, model text, 
     SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
-    asked text := coalesce(body ->> 'max_completion_tokens', body ->> 'max_output_tokens', body ->> 'max_tokens',
-                           body #>> '{generationConfig,maxOutputTokens}');
-    output_tokens bigint := 4096;
+    -- The largest of what may be meant: which of them a provider heeds is its own affair.
+    output_tokens bigint := (
+        SELECT max(asked::bigint)
+          FROM unnest(ARRAY[body ->> 'max_completion_tokens', body ->> 'max_output_tokens', body ->> 'max_tokens',
+                            body #>> '{generationConfig,maxOutputTokens}']) asked
+         WHERE asked ~ '^[0-9]{1,9}$');
+    answers bigint := (
+        SELECT max(asked::bigint)
+          FROM unnest(ARRAY[body ->> 'n', body #>> '{generationConfig,candidateCount}']) asked
+         WHERE asked ~ '^[0-9]{1,4}$');
 BEGIN
-    IF asked ~ '^[0-9]{1,9}$' THEN
-        output_tokens := greatest(asked::bigint, 1);
-    END IF;
+    output_tokens := greatest(coalesce(output_tokens, 4096), 1) * greatest(coalesce(answers, 1), 1);
     -- A token is seldom shorter than three bytes of JSON text.
     RETURN coalesce(keyvault._price_usd(provider.provider, model, now(), octet_length(body::text) / 3, 0, output_tokens),
                     provider.usd_per_request);
 END $$;
 COMMENT ON FUNCTION keyvault._estimate_usd(keyvault.providers, text, jsonb) IS
-    'An upper estimate of a call''s cost in USD: the body''s bytes / 3 as input, its output limit (4096 tokens without one) as output.';
+    'An upper estimate of a call''s cost in USD: the body''s bytes / 3 as input, its output limit (4096 tokens without one) times the answers asked for as output.';
 
 CREATE FUNCTION keyvault._choose_key(user_id text, provider text, key_name text, INOUT payer text, OUT api_key_id uuid)
     LANGUAGE plpgsql STABLE
@@ -122,6 +127,24 @@ END $$;
 COMMENT ON FUNCTION keyvault._choose_key(text, text, text, text) IS
     'Whose key a call uses, and which: the user''s own, else the platform''s, unless payer forces one. Error: KV003.';
 
+CREATE FUNCTION keyvault._earlier_request(user_id text, idempotency_key text, provider text, path text, body jsonb) RETURNS uuid
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+#variable_conflict use_column
+DECLARE
+    earlier keyvault.requests;
+BEGIN
+    SELECT * INTO earlier FROM keyvault.requests r WHERE r.user_id = $1 AND r.idempotency_key = $2;
+    IF earlier.provider <> $3 OR earlier.path <> $4 OR earlier.body <> $5 THEN
+        RAISE EXCEPTION 'idempotency key was already used for another request'
+            USING ERRCODE = 'invalid_parameter_value', HINT = 'Use a new idempotency key for each different request.';
+    END IF;
+    RETURN earlier.id;
+END $$;
+COMMENT ON FUNCTION keyvault._earlier_request(text, text, text, text, jsonb) IS
+    'The request that a user''s idempotency key stands for, NULL for none. Error: 22023 when it was a different one.';
+
 CREATE FUNCTION keyvault._enqueue_request(
     user_id text, request_id uuid, provider text, body jsonb, path text, model text, payer text, call_key bytea,
     key_name text, idempotency_key text, timeout_ms integer, metadata jsonb, may_create boolean) RETURNS uuid
@@ -132,7 +155,7 @@ AS $$
 DECLARE
     p keyvault.providers;
     u keyvault.users;
-    earlier keyvault.requests;
+    earlier uuid;
     the_model text := coalesce($6, $4 ->> 'model');
     the_body jsonb := $4;
     the_path text;
@@ -143,7 +166,7 @@ DECLARE
 BEGIN
     SELECT * INTO p FROM keyvault.providers WHERE provider = $3;
     IF NOT FOUND THEN
-        PERFORM keyvault._unknown_provider($3);
+        PERFORM keyvault._unknown_provider();
     END IF;
     IF jsonb_typeof($4) <> 'object' THEN
         RAISE EXCEPTION 'the body of a request must be a JSON object'
@@ -160,7 +183,7 @@ BEGIN
     END IF;
 
     the_path := coalesce($5, p.default_path);
-    IF the_path IS NULL OR the_path !~ '^/[!-~]*$' OR the_path ~ '(^|/)\.\.(/|$)|[#\\]' THEN
+    IF the_path IS NULL OR the_path !~ '^/[!-~]*$' OR the_path ~ '(^|/)[.][.](/|$)|#' OR strpos(the_path, chr(92)) > 0 THEN
         RAISE EXCEPTION 'a request to provider "%" needs a path that begins with "/"', $3
             USING ERRCODE = 'invalid_parameter_value', HINT = 'Pass the path of the provider''s API, without its host.';
     END IF;
@@ -175,15 +198,13 @@ BEGIN
         the_body := the_body || jsonb_build_object('model', $6);
     END IF;
 
-    IF $10 IS NOT NULL THEN
-        SELECT * INTO earlier FROM keyvault.requests r WHERE r.user_id = $1 AND r.idempotency_key = $10;
-        IF FOUND THEN
-            IF earlier.provider <> $3 OR earlier.body <> the_body OR earlier.path <> the_path THEN
-                RAISE EXCEPTION 'idempotency key was already used for another request'
-                    USING ERRCODE = 'invalid_parameter_value', HINT = 'Use a new idempotency key for each different request.';
-            END IF;
-            RETURN earlier.id;
-        END IF;
+    IF octet_length($10) NOT BETWEEN 1 AND 255 THEN
+        RAISE EXCEPTION 'idempotency key must be 1 to 255 bytes long' USING ERRCODE = 'invalid_parameter_value',
+            HINT = 'Leave it out for a request that may be repeated.';
+    END IF;
+    earlier := keyvault._earlier_request($1, $10, $3, the_path, the_body);
+    IF earlier IS NOT NULL THEN
+        RETURN earlier;
     END IF;
 
     PERFORM keyvault._ensure_user($1, $13);
@@ -198,6 +219,13 @@ BEGIN
     ELSE
         SELECT * INTO key FROM keyvault._choose_key($1, $3, $9, $7);
     END IF;
+    IF key.payer = 'platform' AND p.platform_paths <> '{}'
+       AND NOT EXISTS (SELECT FROM unnest(p.platform_paths) allowed WHERE the_path = replace(allowed, '{model}', coalesce(the_model, '')))
+    THEN
+        RAISE EXCEPTION 'path is not open to calls with the platform''s key'
+            USING ERRCODE = 'insufficient_privilege',
+                  HINT = 'An administrator opens a path in keyvault.providers.platform_paths; a user''s own key may call any.';
+    END IF;
     estimate := keyvault._estimate_usd(p, the_model, the_body);
     owed := keyvault._credits_owed(u.plan, key.payer, estimate);
     IF owed > 0 THEN
@@ -206,8 +234,19 @@ BEGIN
     INSERT INTO keyvault.requests (user_id, id, provider, model, type, path, payer, api_key_id, call_key, timeout_ms,
                                    hold_id, estimated_usd, idempotency_key, metadata, body)
     VALUES ($1, $2, $3, the_model, CASE p.dialect WHEN 'json' THEN 'api' ELSE 'chat' END, the_path, key.payer, key.api_key_id, $8,
-            $11, hold, estimate, $10, coalesce($12, '{}'), the_body);
-    RETURN $2;
+            $11, hold, estimate, $10, coalesce($12, '{}'), the_body)
+    ON CONFLICT (user_id, idempotency_key) DO NOTHING;
+    IF FOUND THEN
+        RETURN $2;
+    END IF;
+    -- Another session was faster with the same idempotency key.
+    PERFORM keyvault._release_hold($1, hold);
+    earlier := keyvault._earlier_request($1, $10, $3, the_path, the_body);
+    IF earlier IS NULL THEN
+        RAISE EXCEPTION 'another transaction is using this idempotency key'
+            USING ERRCODE = 'serialization_failure', HINT = 'Retry the transaction.';
+    END IF;
+    RETURN earlier;
 END $$;
 COMMENT ON FUNCTION keyvault._enqueue_request(text, uuid, text, jsonb, text, text, text, bytea, text, text, integer, jsonb, boolean) IS
     'request, after its caller was checked. Errors: 22023, KV001, KV003, KV007.';
@@ -242,9 +281,9 @@ BEGIN ATOMIC
     ), turn AS MATERIALIZED (
         SELECT w.user_id FROM waiting w LIMIT capacity
     ), claimed AS MATERIALIZED (
-        SELECT c.user_id, c.id
+        SELECT c.user_id, c.id, c.provider
           FROM turn t, LATERAL (
-            SELECT r.user_id, r.id FROM keyvault.requests r
+            SELECT r.user_id, r.id, r.provider FROM keyvault.requests r
              WHERE r.user_id = t.user_id AND r.status = 'queued'
                AND r.next_attempt_at <= clock_timestamp()
              ORDER BY r.id
@@ -256,8 +295,8 @@ BEGIN ATOMIC
     )
     UPDATE keyvault.requests r
        SET status = 'sent', attempts = r.attempts + 1, sent_at = clock_timestamp()
-      FROM claimed c, keyvault.providers p
-     WHERE r.user_id = c.user_id AND r.id = c.id AND p.provider = r.provider
+      FROM claimed c LEFT JOIN keyvault.providers p ON p.provider = c.provider
+     WHERE r.user_id = c.user_id AND r.id = c.id
     RETURNING r.user_id, r.id, r.attempts, r.provider, p.dialect, p.base_url, r.path, p.auth_header, p.auth_scheme,
               p.headers, p.allowed_host, r.body::text, r.timeout_ms, r.payer, r.api_key_id, r.call_key;
 END;
@@ -348,28 +387,12 @@ BEGIN
     INSERT INTO keyvault.responses (user_id, id, status, error, payer)
     SELECT r.user_id, r.id, r.status, r.error, r.payer FROM keyvault.requests r WHERE r.user_id = $1 AND r.id = $2
     ON CONFLICT DO NOTHING;
+    UPDATE keyvault.credit_holds h SET expires_at = now() + interval '1 day'
+      FROM keyvault.requests r WHERE r.user_id = $1 AND r.id = $2 AND h.user_id = $1 AND h.id = r.hold_id;
     RETURN true;
 END $$;
 COMMENT ON FUNCTION keyvault._abandon_request(text, uuid, integer, text) IS
-    'The last resort for a request that cannot be settled, because its user is gone for one: marks it unknown and leaves credits alone.';
-
-CREATE FUNCTION keyvault._recover_requests() RETURNS integer
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    r record;
-    recovered integer := 0;
-BEGIN
-    FOR r IN SELECT user_id, id, attempts FROM keyvault.requests WHERE status = 'sent' ORDER BY user_id, id LOOP
-        PERFORM keyvault._settle_request(r.user_id, r.id, r.attempts, 'unknown', NULL, NULL,
-            'the server stopped after the call was sent and before its answer was stored', NULL, NULL, NULL, NULL, NULL, false);
-        recovered := recovered + 1;
-    END LOOP;
-    RETURN recovered;
-END $$;
-COMMENT ON FUNCTION keyvault._recover_requests() IS
-    'Ends as unknown what an earlier worker had sent and not settled: whether the provider did the work cannot be known, so it is neither repeated nor charged. Returns how many.';
+    'The last resort for a request that cannot be settled, because its user is gone for one: marks it unknown; its hold expires in a day.';
 
 CREATE FUNCTION keyvault.request(
     provider text, body jsonb, path text = NULL, model text = NULL, user_id text = NULL, payer text = 'auto',

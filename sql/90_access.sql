@@ -44,7 +44,9 @@ BEGIN
         RETURN NEXT 'SET ON PARAMETER "keyvault.user_id"';
     END IF;
     IF access = 'admin' THEN
-        RETURN NEXT 'INSERT, UPDATE, DELETE ON keyvault.plans, keyvault.providers, keyvault.model_prices';
+        -- Where a provider is, and how it is given the key, is the superuser's: whoever sets that reads the keys.
+        RETURN NEXT 'INSERT, UPDATE, DELETE ON keyvault.plans, keyvault.model_prices';
+        RETURN NEXT 'UPDATE (key_pattern, platform_paths, usd_per_request) ON keyvault.providers';
     END IF;
 END $$;
 COMMENT ON FUNCTION keyvault._access_statements(text) IS 'The privileges of an access, each as what stands between GRANT and TO. Error: 22023.';

@@ -21,9 +21,8 @@
 #include "utils/snapmgr.h"
 
 static Oid
-relation_of_keyvault(const char *name)
+relation_in_schema(const char *name, Oid schema)
 {
-	Oid			schema = get_namespace_oid("keyvault", true);
 	Oid			relation = OidIsValid(schema) ? get_relname_relid(name, schema) : InvalidOid;
 
 	if (!OidIsValid(relation))
@@ -42,11 +41,12 @@ void
 kv_index_scan_begin(KvIndexScan *scan, const char *table, const char *index,
 					int nkeys, const Datum *keys, const Oid *keytypes)
 {
+	Oid			schema = get_namespace_oid("keyvault", true);
 	ScanKeyData conditions[KV_INDEX_SCAN_MAX_KEYS];
 
 	Assert(nkeys <= KV_INDEX_SCAN_MAX_KEYS);
-	scan->table = table_open(relation_of_keyvault(table), AccessShareLock);
-	scan->index = index_open(relation_of_keyvault(index), AccessShareLock);
+	scan->table = table_open(relation_in_schema(table, schema), AccessShareLock);
+	scan->index = index_open(relation_in_schema(index, schema), AccessShareLock);
 	for (int i = 0; i < nkeys; i++)
 		ScanKeyEntryInitialize(&conditions[i], 0, i + 1, BTEqualStrategyNumber, InvalidOid,
 							   scan->index->rd_indcollation[i],

@@ -2,14 +2,15 @@
  * redaction.c
  *		Keeps secrets out of the server log.
  *
- * A statement is sensitive when its text calls a function that takes a secret, when it
- * executes a prepared statement that does, or when such a function ran in it. Every
- * literal of a sensitive statement is overwritten in each field of what is logged, and
- * the STATEMENT line is left out. Besides, whatever has the shape of a provider's key is
- * overwritten in every log line.
+ * A statement is sensitive when its text names a function that takes a secret or executes
+ * a prepared statement, or when such a function ran in it. Of a sensitive statement the
+ * log gets the SQLSTATE and what keyvault itself says, no text of the statement, no
+ * parameter, no context. To overwrite only the literals would mean to read SQL exactly
+ * as the parser does; a comment with an apostrophe is enough to get it wrong. Besides,
+ * whatever has the shape of a known provider's key is overwritten in every log line.
  *
  * The hook runs inside error reporting: it overwrites in place, allocates nothing and
- * throws nothing. It works on text, never on translated phrases.
+ * throws nothing. It works on text and SQLSTATEs, never on translated phrases.
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
@@ -21,14 +22,26 @@
 #include "access/xact.h"
 #include "base/error.h"
 #include "base/settings.h"
-#include "commands/prepare.h"
 #include "tcop/tcopprot.h"
-#include "utils/plancache.h"
+#include "miscadmin.h"
 
-/* Words of statements that carry a secret; '(' stands for white space and a parenthesis. */
-static const char *const sensitive_words[] = {
-	"api_key", "platform_key", "issued_key", "request(", "call(",
+/*
+ * Words of statements that carry a secret. A call is the word with a parenthesis behind it,
+ * quotes, white space and comments apart; U&" can spell any name.
+ */
+typedef struct SensitiveWord
+{
+	const char *word;
+	bool		is_call;
+} SensitiveWord;
+
+static const SensitiveWord sensitive_words[] = {
+	{"api_key", false}, {"platform_key", false}, {"issued_key", false}, {"u&\"", false},
+	{"request", true}, {"call", true},
 };
+
+/* Words behind EXECUTE that make it something else than running a prepared statement. */
+static const char *const harmless_after_execute[] = {"on", "function", "procedure"};
 
 /* How keys of the known providers, and our own, begin. */
 static const char *const key_prefixes[] = {
@@ -53,21 +66,73 @@ kv_redaction_mark_statement(void)
 	marked_statement = GetCurrentStatementStartTimestamp();
 }
 
-/* Does text at p spell word, in any case? */
 static bool
-word_at(const char *p, const char *word)
+is_word_byte(char c)
+{
+	return isalnum((unsigned char) c) || c == '_' || c == '$' || IS_HIGHBIT_SET(c);
+}
+
+/* Does the text at p begin with a word, in any case? */
+static bool
+begins_with(const char *p, const char *word)
 {
 	for (; *word; word++, p++)
-	{
-		if (*word == '(')
-		{
-			while (isspace((unsigned char) *p))
-				p++;
-			return *p == '(';
-		}
 		if (tolower((unsigned char) *p) != *word)
 			return false;
+	return true;
+}
+
+/* The first byte behind the comment that begins at p; comments nest. */
+static const char *
+skip_comment(const char *p)
+{
+	int			depth = 0;
+
+	do
+	{
+		if (p[0] == '/' && p[1] == '*')
+		{
+			depth++;
+			p += 2;
+		}
+		else if (p[0] == '*' && p[1] == '/')
+		{
+			depth--;
+			p += 2;
+		}
+		else
+			p++;
+	} while (*p && depth > 0);
+	return p;
+}
+
+/* The first byte from p on that is no quote, white space or comment. */
+static const char *
+skip_space(const char *p)
+{
+	for (;;)
+	{
+		if (isspace((unsigned char) *p) || *p == '"')
+			p++;
+		else if (p[0] == '-' && p[1] == '-')
+			p += strcspn(p, "\r\n");
+		else if (p[0] == '/' && p[1] == '*')
+			p = skip_comment(p);
+		else
+			return p;
 	}
+}
+
+/* Does the text at p run a prepared statement, as far as can be told from here? */
+static bool
+executes_prepared(const char *p)
+{
+	if (!begins_with(p, "execute") || is_word_byte(p[strlen("execute")]))
+		return false;
+	p = skip_space(p + strlen("execute"));
+	for (int i = 0; i < lengthof(harmless_after_execute); i++)
+		if (begins_with(p, harmless_after_execute[i]) && !is_word_byte(p[strlen(harmless_after_execute[i])]))
+			return false;
 	return true;
 }
 
@@ -77,128 +142,42 @@ names_a_secret(const char *text)
 	if (text == NULL)
 		return false;
 	for (const char *p = text; *p; p++)
+	{
+		if (p > text && is_word_byte(p[-1]) && p[0] != '_' && p[-1] != '_')
+			continue;			/* within a word */
 		for (int i = 0; i < lengthof(sensitive_words); i++)
-			if (word_at(p, sensitive_words[i]))
-				return true;
-	return false;
-}
-
-/* Read the SQL identifier at p as the parser would fold it; false if none fits. */
-static bool
-read_identifier(const char *p, char *name)
-{
-	int			length = 0;
-	bool		quoted = (*p == '"');
-
-	for (p += quoted; *p; p++)
-	{
-		if (quoted ? (*p == '"' && *++p != '"') : !(isalnum((unsigned char) *p) || *p == '_' || *p == '$' || IS_HIGHBIT_SET(*p)))
-			break;
-		if (length == NAMEDATALEN - 1)
-			return false;
-		name[length++] = quoted || IS_HIGHBIT_SET(*p) ? *p : tolower((unsigned char) *p);
-	}
-	name[length] = '\0';
-	return length > 0;
-}
-
-/* Does text execute a prepared statement whose own text is sensitive? */
-static bool
-executes_a_secret(const char *text)
-{
-	char		name[NAMEDATALEN];
-
-	for (const char *p = text; p && *p; p++)
-	{
-		PreparedStatement *prepared;
-
-		if (!word_at(p, "execute") || !isspace((unsigned char) p[strlen("execute")]))
-			continue;
-		p += strlen("execute");
-		while (isspace((unsigned char) *p))
-			p++;
-		if (read_identifier(p, name) &&
-			(prepared = FetchPreparedStatement(name, false)) != NULL &&
-			names_a_secret(prepared->plansource->query_string))
-			return true;
-		if (*p == '\0')
-			break;
-	}
-	return false;
-}
-
-/* Overwrite from p to the closing quote, a doubled quote or a backslash pair not being one. */
-static char *
-scrub_quoted(char *p, char quote, bool backslashes)
-{
-	for (; *p; p++)
-	{
-		if (*p == quote && p[1] != quote)
-			return p;
-		if ((*p == quote || (backslashes && *p == '\\')) && p[1] != '\0')
-			*p++ = KV_REDACTED_BYTE;
-		*p = KV_REDACTED_BYTE;
-	}
-	return p - 1;
-}
-
-/* Overwrite a $tag$...$tag$ literal that begins at p; returns its last byte, or p if it is none. */
-static char *
-scrub_dollar_quoted(char *p)
-{
-	char	   *body = p + 1;
-	char	   *end;
-	Size		tag;
-
-	while (isalnum((unsigned char) *body) || *body == '_' || IS_HIGHBIT_SET(*body))
-		body++;
-	if (*body != '$' || isdigit((unsigned char) p[1]))
-		return p;
-	body++;
-	tag = body - p;
-	for (end = body; *end; end++)
-	{
-		if (strncmp(end, p, tag) == 0)
-			return end + tag - 1;
-		*end = KV_REDACTED_BYTE;
-	}
-	return end - 1;
-}
-
-/* Overwrite the contents of every string literal, and of "..." where double_quotes says so. */
-static void
-scrub_literals(char *text, bool double_quotes)
-{
-	if (text == NULL)
-		return;
-	for (char *p = text; *p; p++)
-	{
-		if (*p == '\'')
-			p = scrub_quoted(p + 1, '\'', p > text && (p[-1] == 'E' || p[-1] == 'e'));
-		else if (*p == '"' && double_quotes)
-			p = scrub_quoted(p + 1, '"', false);
-		else if (*p == '$')
-			p = scrub_dollar_quoted(p);
-	}
-}
-
-/* Overwrite a whole field: it may echo an argument without quotes around it. */
-static void
-scrub_all(char *text)
-{
-	static const char notice[] = "withheld by keyvault";
-
-	if (text == NULL)
-		return;
-	for (Size i = 0; text[i]; i++)
-	{
-		if (i == lengthof(notice) - 1)
 		{
-			text[i] = '\0';
-			break;
+			const SensitiveWord *sensitive = &sensitive_words[i];
+
+			if (begins_with(p, sensitive->word) &&
+				(!sensitive->is_call || *skip_space(p + strlen(sensitive->word)) == '('))
+				return true;
 		}
-		text[i] = notice[i];
+		if (executes_prepared(p))
+			return true;
 	}
+	return false;
+}
+
+/* Overwrite a text from a place on with a notice, as far as there is room. */
+static void
+withhold_from(char *text)
+{
+	static const char notice[] = "[withheld by keyvault]";
+	Size		length = strlen(text);
+	Size		room = Min(length, sizeof(notice) - 1);
+
+	memcpy(text, notice, room);
+	text[room] = '\0';
+}
+
+/* Is p inside a word, an escape such as \n or %3D before it not being part of one? */
+static bool
+is_inside_word(const char *text, const char *p)
+{
+	if (p == text || !isalnum((unsigned char) p[-1]))
+		return false;
+	return !(p - text >= 2 && p[-2] == '\\') && !(p - text >= 3 && p[-3] == '%');
 }
 
 /* Overwrite what follows a provider's key prefix, wherever it stands. */
@@ -209,7 +188,7 @@ scrub_key_shapes(char *text)
 		return;
 	for (char *p = text; *p; p++)
 	{
-		if (p > text && isalnum((unsigned char) p[-1]))
+		if (is_inside_word(text, p))
 			continue;
 		for (int i = 0; i < lengthof(key_prefixes); i++)
 		{
@@ -258,42 +237,80 @@ kv_redaction_scrub_value(char *text, Size length, const char *secret)
  * those of the server's own functions may quote an argument.
  */
 static bool
-message_is_authored(const ErrorData *edata)
+is_authored(const ErrorData *edata)
 {
-	const char *domain = edata->domain;
-
-	return (domain && strcmp(domain, TEXTDOMAIN) == 0) ||
+	return (edata->domain && strcmp(edata->domain, TEXTDOMAIN) == 0) ||
 		(edata->funcname && strcmp(edata->funcname, "exec_stmt_raise") == 0);
 }
 
-/* A LOG line prints statements, plans and their parameters, all with quoted literals. */
-static void
-scrub_log_line(ErrorData *edata)
+/* Messages of these SQLSTATEs name objects and types, never a value. */
+static bool
+names_no_value(int sqlerrcode)
 {
-	scrub_literals(edata->message, false);
-	if (edata->detail && strstr(edata->detail, ":constvalue"))
-		scrub_all(edata->detail);	/* debug_print_parse spells literals as byte numbers */
-	scrub_literals(edata->detail, false);
-	scrub_literals(edata->detail_log, false);
-	scrub_literals(edata->hint, false);
-	scrub_literals(edata->context, false);
-	scrub_literals(edata->internalquery, false);
+	return sqlerrcode == ERRCODE_UNDEFINED_FUNCTION || sqlerrcode == ERRCODE_INSUFFICIENT_PRIVILEGE ||
+		sqlerrcode == ERRCODE_LOCK_NOT_AVAILABLE || sqlerrcode == ERRCODE_QUERY_CANCELED ||
+		ERRCODE_TO_CATEGORY(sqlerrcode) == ERRCODE_TRANSACTION_ROLLBACK;
 }
 
-/* An error may quote an argument in its message, and show it bare in its detail or context. */
+/* A line that prints the statement: keep what stands before the statement's text. */
 static void
-scrub_error(ErrorData *edata)
+withhold_statement(char *message)
 {
-	if (!message_is_authored(edata))
+	const char *query = debug_query_string;
+	char		start[32];
+	char	   *found = NULL;
+
+	if (query && *query)
 	{
-		scrub_literals(edata->message, true);
-		scrub_all(edata->detail);
-		scrub_all(edata->detail_log);
-		scrub_literals(edata->hint, true);
-		scrub_all(edata->context);
+		strlcpy(start, query, sizeof(start));
+		found = strstr(message, start);
 	}
-	scrub_literals(edata->context, false);
-	scrub_literals(edata->internalquery, false);
+	withhold_from(found ? found : message);
+}
+
+/*
+ * Withhold what a sensitive statement's event may quote. An error's message can be replaced
+ * by a constant: it is never freed by itself.
+ */
+static void
+withhold(ErrorData *edata)
+{
+	bool		authored = is_authored(edata);
+
+	edata->hide_stmt = true;
+	edata->context = NULL;
+	edata->internalquery = NULL;
+	edata->internalpos = 0;
+	edata->detail_log = NULL;
+	if (authored)
+		return;
+	edata->detail = NULL;
+	if (edata->elevel >= ERROR)
+	{
+		if (!names_no_value(edata->sqlerrcode))
+		{
+			edata->message = "message withheld by keyvault: it may quote a secret of the statement";
+			edata->hint = NULL;
+		}
+	}
+	else if (edata->message)
+	{
+		withhold_statement(edata->message);
+		edata->hint = NULL;
+	}
+}
+
+/*
+ * Reports about another process print its statement, which cannot be known here to be
+ * harmless: "Failed process was running" and the statements of a deadlock.
+ */
+static void
+withhold_other_process(ErrorData *edata)
+{
+	if (edata->sqlerrcode == ERRCODE_T_R_DEADLOCK_DETECTED)
+		edata->detail_log = NULL;
+	else if (MyProcPid == PostmasterPid && edata->elevel == LOG)
+		edata->detail = NULL;
 }
 
 static void
@@ -303,22 +320,17 @@ redact(ErrorData *edata)
 		edata->message, edata->detail, edata->detail_log, edata->hint,
 		edata->context, edata->internalquery,
 	};
-	bool		named = false;
+	bool		sensitive = names_a_secret(debug_query_string) ||
+		(marked_statement != 0 && marked_statement == GetCurrentStatementStartTimestamp());
 
 	for (int i = 0; i < lengthof(fields); i++)
-		named = named || names_a_secret(fields[i]);
-
-	if (named || names_a_secret(debug_query_string) || executes_a_secret(debug_query_string) ||
-		(marked_statement != 0 && marked_statement == GetCurrentStatementStartTimestamp()))
-	{
-		edata->hide_stmt = true;
-		if (edata->elevel == LOG || edata->elevel == LOG_SERVER_ONLY)
-			scrub_log_line(edata);
-		else
-			scrub_error(edata);
-	}
-	for (int i = 0; i < lengthof(fields); i++)
-		scrub_key_shapes(fields[i]);
+		if (fields[i])
+			scrub_key_shapes(fields[i]);
+	withhold_other_process(edata);
+	if (sensitive || (!is_authored(edata) &&
+					  (names_a_secret(edata->message) || names_a_secret(edata->detail) ||
+					   names_a_secret(edata->context) || names_a_secret(edata->internalquery))))
+		withhold(edata);
 }
 
 static void

@@ -18,6 +18,7 @@
 char	   *kv_user_id = NULL;
 char	   *kv_master_key_file = NULL;
 bool		kv_allow_master_key_in_data_directory = false;
+int			kv_data_key_cache_size = 8192;
 bool		kv_create_users = true;
 bool		kv_redact_logs = true;
 char	   *kv_databases = NULL;
@@ -27,6 +28,7 @@ int			kv_per_host_connections = 100;
 int			kv_connect_timeout = 10000;
 int			kv_request_timeout = 600000;
 int			kv_max_attempts = 4;
+int			kv_max_request_size = 16384;
 int			kv_max_response_size = 16384;
 int			kv_worker_idle_timeout = 60000;
 
@@ -73,6 +75,9 @@ define_master_key_settings(void)
 							 "Accepts a master key file inside the data directory, where base backups carry it along.",
 							 NULL, &kv_allow_master_key_in_data_directory, false, PGC_SIGHUP, 0,
 							 NULL, NULL, NULL);
+	DefineCustomIntVariable("keyvault.data_key_cache_size",
+							"Data keys that each process keeps unwrapped, 64 bytes each; 0 for none.",
+							NULL, &kv_data_key_cache_size, 8192, 0, 1048576, PGC_POSTMASTER, 0, NULL, NULL, NULL);
 }
 
 static void
@@ -99,6 +104,9 @@ define_worker_settings(void)
 	DefineCustomIntVariable("keyvault.max_attempts",
 							"How often a call is sent before a failure that may pass is final.",
 							NULL, &kv_max_attempts, 4, 1, 100, PGC_SIGHUP, 0, NULL, NULL, NULL);
+	DefineCustomIntVariable("keyvault.max_request_size",
+							"The largest body, as jsonb, that a request may have.",
+							NULL, &kv_max_request_size, 16384, 1, 262144, PGC_SIGHUP, GUC_UNIT_KB, NULL, NULL, NULL);
 	DefineCustomIntVariable("keyvault.max_response_size",
 							"The largest answer, decoded, that is taken from a provider.",
 							NULL, &kv_max_response_size, 16384, 1, 262144, PGC_SIGHUP, GUC_UNIT_KB, NULL, NULL, NULL);

@@ -14,6 +14,7 @@
 extern char *kv_user_id;
 extern char *kv_master_key_file;
 extern bool kv_allow_master_key_in_data_directory;
+extern int	kv_data_key_cache_size;
 extern bool kv_create_users;
 extern bool kv_redact_logs;
 extern char *kv_databases;
@@ -23,6 +24,7 @@ extern int	kv_per_host_connections;
 extern int	kv_connect_timeout;
 extern int	kv_request_timeout;
 extern int	kv_max_attempts;
+extern int	kv_max_request_size;
 extern int	kv_max_response_size;
 extern int	kv_worker_idle_timeout;
 

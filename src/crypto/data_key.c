@@ -19,6 +19,7 @@
 #include "base/uuid.h"
 #include "catalog/pg_type.h"
 #include "crypto/associated_data.h"
+#include "crypto/data_key_cache.h"
 #include "crypto/master_key.h"
 #include "crypto/vault_id.h"
 #include "port/pg_bswap.h"
@@ -113,9 +114,8 @@ unwrap_data_key(KvDataKey *data_key, const bytea *stored)
 				 errhint("Restore keyvault.data_keys and keyvault.vault together, from one backup.")));
 }
 
-/* The given version of a user's data key, or the latest for version 0; NULL when there is none. */
-KvDataKey *
-kv_data_key_find(const char *user_id, uint32 version)
+static KvDataKey *
+read_data_key(const char *user_id, uint32 version)
 {
 	KvIndexScan scan;
 	Datum		key = CStringGetTextDatum(user_id);
@@ -142,11 +142,31 @@ kv_data_key_find(const char *user_id, uint32 version)
 	return data_key;
 }
 
+/* The data key of a user with that version and id; NULL when there is none. Errors: KV004, KV005. */
+KvDataKey *
+kv_data_key_find(const char *user_id, uint32 version, const pg_uuid_t *id)
+{
+	KvDataKey  *data_key = kv_secret_alloc(sizeof(KvDataKey));
+	uint32		generation = kv_master_key_get()->generation;
+
+	if (kv_data_key_cache_get(id, generation, data_key))
+	{
+		data_key->user_id = user_id;
+		data_key->version = version;
+		return data_key;
+	}
+	data_key = read_data_key(user_id, version);
+	if (data_key == NULL || memcmp(&data_key->id, id, UUID_LEN) != 0)
+		return NULL;
+	kv_data_key_cache_put(data_key, generation);
+	return data_key;
+}
+
 /* The version under which a user's next secret is sealed; NULL before the first one. */
 KvDataKey *
 kv_data_key_latest(const char *user_id)
 {
-	return kv_data_key_find(user_id, 0);
+	return read_data_key(user_id, 0);
 }
 
 /* The version number of the loaded master key, which becomes known with the vault's first data key. */

@@ -100,24 +100,26 @@ kv_envelope_seal(const KvDataKey *data_key, const KvSecretName *name, const char
 	return record;
 }
 
-/* The version of the data key that a record needs; 0 when it is no record. */
-uint32
-kv_envelope_data_key_version(const bytea *record)
+/* Which data key a record needs; false when it is no record. */
+bool
+kv_envelope_names_data_key(const bytea *record, uint32 *version, pg_uuid_t *id)
 {
 	RecordHeader header;
 
 	if (VARSIZE_ANY_EXHDR(record) < sizeof(RecordHeader) + KV_TAG_SIZE)
-		return 0;
+		return false;
 	memcpy(&header, VARDATA_ANY(record), sizeof(header));	/* a short varlena is not aligned */
 	if (header.magic != RECORD_MAGIC || header.format != RECORD_FORMAT ||
 		header.suite != RECORD_SUITE || header.flags != 0)
-		return 0;
-	return pg_ntoh32(header.data_key_version);
+		return false;
+	*version = pg_ntoh32(header.data_key_version);
+	memcpy(id, header.data_key_id, UUID_LEN);
+	return true;
 }
 
 /*
- * Open a record for which kv_envelope_data_key_version named data_key's version. Returns
- * the secret, NUL-terminated, in secret memory of the current context; NULL when it does
+ * Open a record for which kv_envelope_names_data_key named this data key. Returns the
+ * secret, NUL-terminated, in secret memory of the current context; NULL when it does
  * not open.
  */
 char *

@@ -123,13 +123,16 @@ load_key_file(const char *path)
 	static const char info[] = "keyvault/v1/kek-id";
 	char	   *text = kv_secret_alloc(FILE_SIZE_MAX + 1);
 	uint8		id[KV_MAC_SIZE];
+	uint32		generation;
 
 	if (loaded == NULL)
 		loaded = kv_secret_page(sizeof(KvMasterKey));
 	if (loaded_from)
 		pfree(loaded_from);
 	loaded_from = NULL;
+	generation = loaded->generation + 1;
 	kv_secret_wipe(loaded, sizeof(KvMasterKey));
+	loaded->generation = generation;
 
 	read_key_file(path, text);
 	decode_key(path, text, loaded->key);

@@ -23,6 +23,7 @@ typedef struct KvMasterKey
 	uint8		key[KV_KEY_SIZE];
 	uint8		kek_id[KV_KEK_ID_SIZE];
 	KvMasterKeySource source;
+	uint32		generation;		/* raised each time this process reads it */
 } KvMasterKey;
 
 extern const KvMasterKey *kv_master_key_get(void);

@@ -22,6 +22,7 @@
 #include "gateway/dialect.h"
 #include "identity/identity.h"
 #include "utils/builtins.h"
+#include "utils/json.h"
 #include "utils/memutils.h"
 #include "utils/resowner.h"
 #include "utils/timestamp.h"
@@ -111,6 +112,8 @@ try_open_key(KvCall *call, HeapTuple row)
 		error = CopyErrorData();
 		FlushErrorState();
 		RollbackAndReleaseCurrentSubTransaction();
+		/* The rollback has left us in the memory of the surrounding transaction. */
+		MemoryContextSwitchTo(context);
 		call->problem = psprintf("%s: %s", unpack_sql_state(error->sqlerrcode), error->message);
 	}
 	PG_END_TRY();
@@ -150,13 +153,14 @@ make_headers(KvCall *call, HeapTuple row)
 	return headers;
 }
 
-/* Copy a claimed row into a call. */
+/* Copy a claimed row into a call, in a child of the current memory context. */
 static KvCall *
 make_call(HeapTuple row)
 {
-	MemoryContext context = AllocSetContextCreate(TopMemoryContext, "keyvault call", ALLOCSET_SMALL_SIZES);
+	MemoryContext context = AllocSetContextCreate(CurrentMemoryContext, "keyvault call", ALLOCSET_SMALL_SIZES);
 	MemoryContext old = MemoryContextSwitchTo(context);
 	KvCall	   *call = palloc0(sizeof(KvCall));
+	char	   *base_url;
 	bool		isnull;
 
 	call->context = context;
@@ -165,59 +169,118 @@ make_call(HeapTuple row)
 	call->attempt = DatumGetInt32(SPI_getbinval(row, SPI_tuptable->tupdesc, CLAIM_ATTEMPT, &isnull));
 	call->provider = claimed_text(row, CLAIM_PROVIDER);
 	call->dialect = claimed_text(row, CLAIM_DIALECT);
-	call->url = psprintf("%s%s", claimed_text(row, CLAIM_BASE_URL), claimed_text(row, CLAIM_PATH));
+	base_url = claimed_text(row, CLAIM_BASE_URL);
 	call->allowed_host = claimed_text(row, CLAIM_ALLOWED_HOST);
 	call->body = claimed_text(row, CLAIM_BODY);
 	call->timeout_ms = DatumGetInt32(SPI_getbinval(row, SPI_tuptable->tupdesc, CLAIM_TIMEOUT_MS, &isnull));
-	try_open_key(call, row);
+	if (base_url == NULL)
+		call->problem = "the provider was removed since the request was queued";
+	else
+	{
+		call->url = psprintf("%s%s", base_url, claimed_text(row, CLAIM_PATH));
+		try_open_key(call, row);
+	}
 	if (call->key)
 		call->headers = make_headers(call, row);
 	MemoryContextSwitchTo(old);
 	return call;
 }
 
-/*
- * Claim up to capacity due requests, taking users in turn from the one behind
- * *after_user, which is advanced. Returns calls, in a list in the caller's memory; the
- * transaction's commit makes them ours.
- */
-List *
-kv_call_claim(int capacity, int per_user, char **after_user)
+/* Claim users in turn, once from the one behind after_user and once more from the start. */
+static List *
+claim_round(List *calls, int capacity, int per_user, const char *after_user, MemoryContext context)
 {
 	static KvStatement claim = {
 		"SELECT * FROM keyvault._claim_requests($1, $2, $3)", 3, {INT4OID, INT4OID, TEXTOID}
 	};
-	MemoryContext context = CurrentMemoryContext;
-	List	   *calls = NIL;
-	KvOwnerScope scope;
 
-	kv_owner_begin(&scope);
-	/* Once from where the last claim stopped, and once more from the start. */
 	for (int round = 0; round < 2 && list_length(calls) < capacity; round++)
 	{
 		Datum		values[3] = {
 			Int32GetDatum(capacity - list_length(calls)), Int32GetDatum(per_user),
-			CStringGetTextDatum(round == 0 ? *after_user : ""),
+			CStringGetTextDatum(round == 0 ? after_user : ""),
 		};
 		uint64		n;
 
-		if (round == 1 && **after_user == '\0')
+		if (round == 1 && *after_user == '\0')
 			break;
 		n = kv_statement_execute(&claim, values, NULL);
 		for (uint64 i = 0; i < n; i++)
 		{
 			MemoryContext old = MemoryContextSwitchTo(context);
-			KvCall	   *call = make_call(SPI_tuptable->vals[i]);
 
-			calls = lappend(calls, call);
+			calls = lappend(calls, make_call(SPI_tuptable->vals[i]));
 			MemoryContextSwitchTo(old);
 		}
+	}
+	return calls;
+}
+
+/*
+ * Claim due requests for up to capacity calls, taking users in turn from the one behind
+ * after_user. The last reserve places are for users with nothing under way, one each, so
+ * that a few users with slow calls cannot take them all. Returns calls, in a list in the
+ * caller's memory; the transaction's commit makes them ours.
+ */
+List *
+kv_call_claim(int capacity, int reserve, int per_user, const char *after_user)
+{
+	MemoryContext context = CurrentMemoryContext;
+	List	   *calls = NIL;
+	KvOwnerScope scope;
+
+	kv_owner_begin(&scope);
+	if (capacity > reserve)
+		calls = claim_round(calls, capacity - reserve, per_user, after_user, context);
+	calls = claim_round(calls, capacity, 1, after_user, context);
+	kv_owner_end(&scope);
+	return calls;
+}
+
+/*
+ * Calls that an earlier worker had sent and not settled, as calls whose answer was lost.
+ * Whether the provider did the work cannot be known: they are neither repeated nor charged.
+ */
+List *
+kv_call_find_lost(void)
+{
+	static KvStatement find = {
+		"SELECT user_id, id, attempts, provider FROM keyvault.requests WHERE status = 'sent' ORDER BY user_id, id", 0
+	};
+	MemoryContext caller = CurrentMemoryContext;
+	List	   *calls = NIL;
+	KvOwnerScope scope;
+	uint64		n;
+
+	kv_owner_begin(&scope);
+	n = kv_statement_execute(&find, NULL, NULL);
+	for (uint64 i = 0; i < n; i++)
+	{
+		MemoryContext context = AllocSetContextCreate(TopMemoryContext, "keyvault call", ALLOCSET_SMALL_SIZES);
+		MemoryContext old = MemoryContextSwitchTo(context);
+		HeapTuple	row = SPI_tuptable->vals[i];
+		KvCall	   *call = palloc0(sizeof(KvCall));
+		bool		isnull;
+
+		call->context = context;
+		call->user_id = claimed_text(row, 1);
+		call->id = *DatumGetUUIDP(SPI_getbinval(row, SPI_tuptable->tupdesc, 2, &isnull));
+		call->attempt = DatumGetInt32(SPI_getbinval(row, SPI_tuptable->tupdesc, 3, &isnull));
+		call->provider = claimed_text(row, 4);
+		snprintf(call->result.error, sizeof(call->result.error),
+				 "the server stopped after the call was sent and before its answer was stored");
+		MemoryContextSwitchTo(caller);
+		calls = lappend(calls, call);
+		MemoryContextSwitchTo(old);
 	}
 	kv_owner_end(&scope);
 	return calls;
 }
 
-/* Hand a committed claim to the network; when that is not possible, the call ends with its problem. */
+/*
+ * Hand a committed claim to the network; when that is not possible, the call ends with its
+ * problem. From here on it outlives the turn that claimed it.
+ */
 void
 kv_call_start(KvCall *call, KvTransferPool *pool, bool *started)
 {
@@ -230,6 +293,7 @@ kv_call_start(KvCall *call, KvTransferPool *pool, bool *started)
 		.owner = call,
 	};
 
+	MemoryContextSetParent(call->context, TopMemoryContext);
 	*started = call->problem == NULL &&
 		kv_transfer_start(pool, &request, call->result.error, sizeof(call->result.error));
 	if (!*started)
@@ -314,6 +378,32 @@ outcome_of(const KvCall *call, bool failed)
 }
 
 /*
+ * Parse an answer, with every occurrence of the key overwritten: some providers quote it in
+ * their errors. Where JSON may spell it with escapes, its canonical text is searched too.
+ */
+static Jsonb *
+parse_answer(char *body, Size length, const char *key)
+{
+	bool		escapes = memchr(body, '\\', length) != NULL;
+	Jsonb	   *answer;
+	StringInfoData spelled;
+	char	   *text;
+
+	kv_redaction_scrub_value(body, length, key);
+	answer = kv_json_parse(body, length);
+	if (answer == NULL || !escapes)
+		return answer;
+	initStringInfo(&spelled);
+	escape_json(&spelled, key);
+	spelled.data[spelled.len - 1] = '\0';	/* the quotes around it */
+	text = JsonbToCString(NULL, &answer->root, VARSIZE(answer));
+	if (kv_redaction_scrub_value(text, strlen(text), spelled.data + 1) > 0)
+		answer = kv_json_parse(text, strlen(text));
+	kv_secret_wipe(spelled.data, spelled.len);
+	return answer;
+}
+
+/*
  * Write what became of a call: the answer with all that goes with it, or a retry. Runs
  * in the caller's transaction.
  */
@@ -333,10 +423,7 @@ kv_call_settle(KvCall *call)
 	char		nulls[14] = "             ";
 
 	if (result->body && result->length > 0 && result->error[0] == '\0')
-	{
-		kv_redaction_scrub_value(result->body, result->length, call->key);
-		answer = kv_json_parse(result->body, result->length);
-	}
+		answer = parse_answer(result->body, result->length, call->key);
 	if (answer)
 		kv_dialect_read_usage(call->dialect, answer, &usage);
 	failure = describe_failure(call, answer != NULL);
@@ -366,7 +453,7 @@ kv_call_settle(KvCall *call)
 	nulls[8] = nulls[9] = nulls[10] = usage.stated ? ' ' : 'n';
 	values[11] = usage.stated_usd ? NumericGetDatum(usage.stated_usd) : (Datum) 0;
 	nulls[11] = usage.stated_usd ? ' ' : 'n';
-	values[12] = BoolGetDatum(kv_dialect_key_refused(call->dialect, result->status_code, answer));
+	values[12] = BoolGetDatum(call->dialect && kv_dialect_key_refused(call->dialect, result->status_code, answer));
 	kv_statement_execute(&settle, values, nulls);
 	kv_owner_end(&scope);
 }
@@ -389,29 +476,17 @@ kv_call_abandon(KvCall *call, const char *reason)
 	kv_owner_end(&scope);
 }
 
-/* End as unknown what an earlier worker had sent. Runs in the caller's transaction. */
-void
-kv_call_recover(void)
-{
-	static KvStatement recover = {"SELECT keyvault._recover_requests()", 0};
-	KvOwnerScope scope;
-	bool		isnull;
-	int			n;
-
-	kv_owner_begin(&scope);
-	n = DatumGetInt32(kv_statement_value(&recover, NULL, NULL, &isnull));
-	kv_owner_end(&scope);
-	if (n > 0)
-		ereport(LOG,
-				(errmsg("%d provider calls were under way when the last keyvault worker ended; their outcome is unknown", n)));
-}
-
-/* When the next queued request becomes due; infinity when none is queued. Runs in the caller's transaction. */
+/*
+ * When to look for queued requests again without having been woken; infinity when none is
+ * queued. One that is due and could not be claimed, because somebody has it locked, is
+ * looked at again a second later. Runs in the caller's transaction.
+ */
 TimestampTz
 kv_call_next_retry(void)
 {
 	static KvStatement next = {
-		"SELECT coalesce(min(next_attempt_at), 'infinity') FROM keyvault.requests WHERE status = 'queued'", 0
+		"SELECT coalesce(min(greatest(next_attempt_at, clock_timestamp() + interval '1 second')), 'infinity')"
+		" FROM keyvault.requests WHERE status = 'queued'", 0
 	};
 	KvOwnerScope scope;
 	bool		isnull;

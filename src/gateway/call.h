@@ -30,14 +30,16 @@ typedef struct KvCall
 	char	   *key;			/* in secret memory; NULL when it could not be opened */
 	char	   *problem;		/* why the call cannot be made, or NULL */
 	KvTransferResult result;
+	TimestampTz settle_at;		/* not before then: its user's balance was locked */
+	int			settle_delay_ms;
 } KvCall;
 
-extern List *kv_call_claim(int capacity, int per_user, char **after_user);
+extern List *kv_call_claim(int capacity, int reserve, int per_user, const char *after_user);
+extern List *kv_call_find_lost(void);
 extern void kv_call_start(KvCall *call, KvTransferPool *pool, bool *started);
 extern void kv_call_settle(KvCall *call);
 extern void kv_call_abandon(KvCall *call, const char *reason);
 extern void kv_call_free(KvCall *call, KvTransferPool *pool);
-extern void kv_call_recover(void);
 extern TimestampTz kv_call_next_retry(void);
 
 #endif

@@ -7,6 +7,7 @@
  */
 #include "postgres.h"
 
+#include "access/detoast.h"
 #include "access/htup_details.h"
 #include "access/xact.h"
 #include "base/error.h"
@@ -83,6 +84,17 @@ require_argument(FunctionCallInfo fcinfo, int argument, const char *name)
 				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("%s must not be null", name)));
 }
 
+/* Error 54000 when a body is larger than keyvault.max_request_size. */
+static void
+require_body_size(Datum body)
+{
+	if (toast_raw_datum_size(body) > (Size) kv_max_request_size * 1024)
+		ereport(ERROR,
+				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+				 errmsg("body of the request is larger than keyvault.max_request_size"),
+				 errhint("Send less, or raise the setting, now %d kB.", kv_max_request_size)));
+}
+
 /* Seal a key for one call after checking its shape. */
 static Datum
 seal_call_key(FunctionCallInfo fcinfo, const ArgumentOrder *order, const char *user_id, const pg_uuid_t *id)
@@ -121,6 +133,7 @@ enqueue(FunctionCallInfo fcinfo, const ArgumentOrder *order, char **user_id)
 		kv_redaction_mark_statement();
 	require_argument(fcinfo, order->provider, "provider");
 	require_argument(fcinfo, order->body, "body");
+	require_body_size(PG_GETARG_DATUM(order->body));
 	require_argument(fcinfo, order->payer, "payer");
 	require_argument(fcinfo, order->key_name, "key_name");
 	*user_id = kv_identity_resolve(fcinfo, order->user_id);

@@ -34,11 +34,18 @@
 #include "utils/varlena.h"
 #include "utils/wait_event.h"
 
-/* A settlement waits no longer than this for a row that somebody else has locked. */
-#define SETTLE_LOCK_TIMEOUT "100ms"
+/* The worker waits no longer than this for a row that somebody else has locked. */
+#define LOCK_TIMEOUT "20ms"
 
-/* When to try a settlement again that had to wait. */
-#define SETTLE_AGAIN_MS 500
+/* When to try a settlement again that found its user's balance locked; doubled each time. */
+#define SETTLE_AGAIN_MS		100
+#define SETTLE_AGAIN_MAX_MS	5000
+
+/* When to look again after the queue could not be read. */
+#define CLAIM_AGAIN_MS		500
+
+/* Of the places for calls, one in so many is kept for users with nothing under way. */
+#define RESERVE_SHARE		10
 
 #define MAINTENANCE_EVERY_MS (6 * 60 * 60 * 1000)
 
@@ -55,7 +62,6 @@ typedef struct Worker
 	uint64		wakeups;		/* how many are accounted for */
 	bool		look;			/* the queue may have something for us */
 	TimestampTz next_retry;		/* when a queued request becomes due */
-	TimestampTz settle_again;	/* not before then: a settlement had to wait; 0 for at once */
 	TimestampTz idle_since;
 	TimestampTz maintained;
 } Worker;
@@ -76,7 +82,7 @@ begin_turn(const char *activity)
 		CommitTransactionCommand();
 		proc_exit(0);
 	}
-	(void) set_config_option("lock_timeout", SETTLE_LOCK_TIMEOUT, PGC_USERSET, PGC_S_SESSION, GUC_ACTION_LOCAL, true, 0, false);
+	(void) set_config_option("lock_timeout", LOCK_TIMEOUT, PGC_USERSET, PGC_S_SESSION, GUC_ACTION_LOCAL, true, 0, false);
 }
 
 static void
@@ -165,15 +171,35 @@ settle_alone(Worker *worker, KvCall *call)
 			abandon_call(worker, call, message);
 	}
 	PG_END_TRY();
+	MemoryContextSwitchTo(worker->turn_context);
 	return settled;
+}
+
+static void
+postpone_settlement(KvCall *call)
+{
+	call->settle_delay_ms = call->settle_delay_ms == 0 ? SETTLE_AGAIN_MS : Min(call->settle_delay_ms * 2, SETTLE_AGAIN_MAX_MS);
+	call->settle_at = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), call->settle_delay_ms);
+}
+
+/* The calls that have ended and need not wait, in the turn's memory. */
+static List *
+calls_to_settle(Worker *worker)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	List	   *calls = NIL;
+	ListCell   *cell;
+
+	foreach(cell, worker->ended)
+		if (((KvCall *) lfirst(cell))->settle_at <= now)
+			calls = lappend(calls, lfirst(cell));
+	return calls;
 }
 
 /* After a turn failed: settle each call by itself, so that one cannot hold up the others. */
 static void
-settle_one_by_one(Worker *worker)
+settle_one_by_one(Worker *worker, List *calls)
 {
-	MemoryContext old = MemoryContextSwitchTo(worker->turn_context);
-	List	   *calls = list_copy(worker->ended);
 	List	   *blocked_users = NIL;
 	ListCell   *cell;
 
@@ -186,40 +212,69 @@ settle_one_by_one(Worker *worker)
 		CHECK_FOR_INTERRUPTS();
 		foreach(user, blocked_users)
 			blocked = blocked || strcmp(lfirst(user), call->user_id) == 0;
-		MemoryContextSwitchTo(worker->context);
 		if (!blocked && settle_alone(worker, call))
 			finish_call(worker, call);
 		else
 		{
-			MemoryContextSwitchTo(worker->turn_context);
 			blocked_users = lappend(blocked_users, call->user_id);
-			worker->settle_again = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), SETTLE_AGAIN_MS);
+			postpone_settlement(call);
 		}
 	}
-	MemoryContextSwitchTo(old);
 	kv_worker_announce_settlement();
 }
 
-/* Settle all that has ended and claim up to capacity, in one transaction. Returns the claims. */
+/* Settle calls and claim up to capacity more, in one transaction. Returns the claims. */
 static List *
-settle_and_claim(Worker *worker, int capacity)
+settle_and_claim(Worker *worker, List *calls, int capacity)
 {
 	ListCell   *cell;
 	List	   *claimed = NIL;
 
 	begin_turn("settling and claiming calls");
-	foreach(cell, worker->ended)
+	foreach(cell, calls)
 	{
 		CHECK_FOR_INTERRUPTS();
 		kv_call_settle(lfirst(cell));
 	}
 	MemoryContextSwitchTo(worker->turn_context);
 	if (capacity > 0)
-		claimed = kv_call_claim(capacity, kv_max_concurrent_requests_per_user, &worker->after_user);
-	worker->next_retry = list_length(claimed) < capacity ? kv_call_next_retry() : 0;
+		claimed = kv_call_claim(capacity, kv_max_concurrent_requests / RESERVE_SHARE,
+								kv_max_concurrent_requests_per_user, worker->after_user);
+	/* With no place left, the next call that ends gives cause to look. */
+	if (list_length(claimed) < capacity)
+		worker->next_retry = kv_call_next_retry();
+	else
+		TIMESTAMP_NOEND(worker->next_retry);
 	end_turn();
 	MemoryContextSwitchTo(worker->turn_context);
 	return claimed;
+}
+
+/* settle_and_claim, with an error reported and rolled back; false then. */
+static bool
+try_settle_and_claim(Worker *worker, List *calls, int capacity, List **claimed)
+{
+	volatile bool done = true;
+	char	   *message;
+
+	*claimed = NIL;
+	PG_TRY();
+	{
+		*claimed = settle_and_claim(worker, calls, capacity);
+	}
+	PG_CATCH();
+	{
+		int			code = roll_back_turn(worker->turn_context, &message);
+
+		if (calls == NIL && !error_may_pass(code))
+			ereport(WARNING,
+					(errmsg("keyvault worker cannot read its queue: %s", message),
+					 errhint("It tries again; the SQLSTATE is %s.", unpack_sql_state(code))));
+		done = false;
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(worker->turn_context);
+	return done;
 }
 
 static void
@@ -258,41 +313,27 @@ static void
 take_turn(Worker *worker)
 {
 	int			capacity = Max(kv_max_concurrent_requests - worker->in_flight, 0);
-	List	   *volatile claimed = NIL;
-	volatile bool failed = false;
-	char	   *message;
+	List	   *calls;
+	List	   *claimed;
+	ListCell   *cell;
 
 	worker->look = false;
-	worker->settle_again = 0;
-	PG_TRY();
+	MemoryContextSwitchTo(worker->turn_context);
+	calls = calls_to_settle(worker);
+	if (try_settle_and_claim(worker, calls, capacity, &claimed))
 	{
-		claimed = settle_and_claim(worker, capacity);
-	}
-	PG_CATCH();
-	{
-		int			code = roll_back_turn(worker->turn_context, &message);
-
-		if (worker->ended == NIL && !error_may_pass(code))
-			ereport(WARNING, (errmsg("keyvault worker cannot read its queue: %s", message)));
-		failed = true;
-	}
-	PG_END_TRY();
-	if (failed)
-	{
-		settle_one_by_one(worker);
-		/* The queue is looked at again, but not in a tight loop. */
-		worker->next_retry = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), SETTLE_AGAIN_MS);
+		foreach(cell, calls)
+			finish_call(worker, lfirst(cell));
+		if (calls != NIL)
+			kv_worker_announce_settlement();
 	}
 	else
 	{
-		bool		settled = worker->ended != NIL;
-
-		while (worker->ended != NIL)
-			finish_call(worker, linitial(worker->ended));
-		if (settled)
-			kv_worker_announce_settlement();
-		send_calls(worker, claimed);
+		settle_one_by_one(worker, calls);
+		if (calls == NIL || !try_settle_and_claim(worker, NIL, capacity, &claimed))
+			worker->next_retry = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), CLAIM_AGAIN_MS);
 	}
+	send_calls(worker, claimed);
 	MemoryContextSwitchTo(worker->context);
 	MemoryContextReset(worker->turn_context);
 }
@@ -347,11 +388,24 @@ sooner(TimestampTz now, TimestampTz when, long *timeout_ms)
 {
 	long		ms;
 
-	if (when == 0 || TIMESTAMP_IS_NOEND(when))
+	if (TIMESTAMP_IS_NOEND(when))
 		return;
 	ms = TimestampDifferenceMilliseconds(now, when);
 	if (*timeout_ms < 0 || ms < *timeout_ms)
 		*timeout_ms = ms;
+}
+
+/* When a call that has ended may be settled; infinity when none has. */
+static TimestampTz
+next_settlement(const Worker *worker)
+{
+	TimestampTz next;
+	ListCell   *cell;
+
+	TIMESTAMP_NOEND(next);
+	foreach(cell, worker->ended)
+		next = Min(next, ((KvCall *) lfirst(cell))->settle_at);
+	return next;
 }
 
 static bool
@@ -369,8 +423,7 @@ wait_for_work(Worker *worker)
 	long		timeout_ms = kv_transfer_pool_timeout(worker->pool);
 
 	sooner(now, worker->next_retry, &timeout_ms);
-	if (worker->ended != NIL)
-		sooner(now, worker->settle_again ? worker->settle_again : now, &timeout_ms);
+	sooner(now, next_settlement(worker), &timeout_ms);
 	if (is_idle(worker))
 		sooner(now, TimestampTzPlusMilliseconds(worker->idle_since, kv_worker_idle_timeout), &timeout_ms);
 	(void) WaitEventSetWait(worker->events, timeout_ms, &event, 1, PG_WAIT_EXTENSION);
@@ -412,8 +465,7 @@ turn_is_due(Worker *worker)
 	if (wakeups != worker->wakeups)
 		worker->look = true;
 	worker->wakeups = wakeups;
-	return worker->look || worker->next_retry <= now ||
-		(worker->ended != NIL && worker->settle_again <= now);
+	return worker->look || worker->next_retry <= now || next_settlement(worker) <= now;
 }
 
 /* Is this database one of keyvault.databases? */
@@ -449,6 +501,7 @@ start_up(Worker *worker, Oid database)
 
 	pqsignal(SIGHUP, SignalHandlerForConfigReload);
 	pqsignal(SIGTERM, die);
+	pqsignal(SIGINT, SIG_IGN);	/* there is no statement to cancel */
 	BackgroundWorkerUnblockSignals();
 	BackgroundWorkerInitializeConnectionByOid(database, InvalidOid, 0);
 	if (!kv_worker_attach(database))
@@ -473,15 +526,28 @@ start_up(Worker *worker, Oid database)
 	worker->idle_since = GetCurrentTimestamp();
 }
 
+/* Take over what an earlier worker left behind. */
+static void
+find_lost_calls(Worker *worker)
+{
+	begin_turn("looking for lost calls");
+	MemoryContextSwitchTo(worker->context);
+	worker->ended = kv_call_find_lost();
+	end_turn();
+	MemoryContextSwitchTo(worker->context);
+	if (worker->ended != NIL)
+		ereport(LOG,
+				(errmsg("%d provider calls were under way when the last keyvault worker ended; their outcome is unknown",
+						list_length(worker->ended))));
+}
+
 void
 keyvault_worker_main(Datum arg)
 {
 	Worker		worker = {0};
 
 	start_up(&worker, DatumGetObjectId(arg));
-	begin_turn("recovering calls");
-	kv_call_recover();
-	end_turn();
+	find_lost_calls(&worker);
 	for (;;)
 	{
 		serve_interrupts(&worker);

@@ -66,16 +66,15 @@ raise_malformed(const char *provider, const char *what)
 			 errhint("Copy the key again from the provider's console, without spaces or line breaks.")));
 }
 
-/* Error 22023 with the providers that are known. */
+/* Error 22023 with the providers that are known. What was asked for is not quoted: it may be a key. */
 static void
-raise_unknown_provider(const char *provider)
+raise_unknown_provider(void)
 {
-	static KvStatement raise = {"SELECT keyvault._unknown_provider($1)", 1, {TEXTOID}};
-	Datum		value = CStringGetTextDatum(provider);
+	static KvStatement raise = {"SELECT keyvault._unknown_provider()", 0};
 	KvOwnerScope scope;
 
 	kv_owner_begin(&scope);
-	kv_statement_execute(&raise, &value, NULL);
+	kv_statement_execute(&raise, NULL, NULL);
 	kv_owner_end(&scope);
 }
 
@@ -92,7 +91,23 @@ require_provider(const char *provider)
 	known = kv_index_scan_next(&scan, ForwardScanDirection);
 	kv_index_scan_end(&scan);
 	if (!known)
-		raise_unknown_provider(provider);
+		raise_unknown_provider();
+}
+
+/* Does the provider's own pattern, if it has one, allow the key? */
+static bool
+matches_provider(const char *key, const char *provider)
+{
+	static KvStatement match = {
+		"SELECT coalesce((SELECT $2 ~ p.key_pattern FROM keyvault.providers p WHERE p.provider = $1), true)",
+		2, {TEXTOID, TEXTOID}
+	};
+	Datum		values[2] = {CStringGetTextDatum(provider), CStringGetTextDatum(key)};
+	bool		isnull;
+	bool		matches = DatumGetBool(kv_statement_value(&match, values, NULL, &isnull));
+
+	kv_secret_wipe(VARDATA_ANY(DatumGetTextPP(values[1])), strlen(key));
+	return matches;
 }
 
 /*
@@ -102,26 +117,16 @@ require_provider(const char *provider)
 void
 kv_api_key_check_shape(const char *key, const char *provider)
 {
-	static KvStatement match = {
-		"SELECT p.key_pattern IS NULL OR $2 ~ p.key_pattern FROM keyvault.providers p WHERE p.provider = $1",
-		2, {TEXTOID, TEXTOID}
-	};
-	Datum		values[2] = {CStringGetTextDatum(provider), CStringGetTextDatum(key)};
 	Size		length = strlen(key);
-	Datum		matches;
-	bool		isnull;
 
-	matches = kv_statement_value(&match, values, NULL, &isnull);
-	if (isnull)
-		raise_unknown_provider(provider);
+	require_provider(provider);
 	for (const char *p = key; *p; p++)
 		if (*p < '!' || *p > '~')
 			raise_malformed(provider, "It contains a character other than printable ASCII, such as a space or a line break.");
 	if (length < KEY_LENGTH_MIN || length > KEY_LENGTH_MAX)
 		raise_malformed(provider, psprintf("It is %zu characters long; a key has %d to %d.", length, KEY_LENGTH_MIN, KEY_LENGTH_MAX));
-	if (!DatumGetBool(matches))
+	if (!matches_provider(key, provider))
 		raise_malformed(provider, "It does not match the provider's key_pattern: it looks like another provider's key.");
-	kv_secret_wipe(VARDATA_ANY(DatumGetTextPP(values[1])), length);
 }
 
 /* Enough of a key for its owner to recognise it. */
@@ -322,13 +327,14 @@ open_row(KvIndexScan *scan, const char *user_id, const char *provider, KvDataKey
 {
 	bool		isnull;
 	bytea	   *record = DatumGetByteaPP(kv_index_scan_value(scan, API_KEYS_CIPHERTEXT, &isnull));
-	uint32		version = kv_envelope_data_key_version(record);
 	KvSecretName name = {.provider = provider,.purpose = purpose};
+	uint32		version;
+	pg_uuid_t	data_key_id;
 
-	if (version == 0)
+	if (!kv_envelope_names_data_key(record, &version, &data_key_id))
 		return NULL;
-	if (*data_key == NULL || (*data_key)->version != version)
-		*data_key = kv_data_key_find(user_id, version);
+	if (*data_key == NULL || memcmp(&(*data_key)->id, &data_key_id, UUID_LEN) != 0)
+		*data_key = kv_data_key_find(user_id, version, &data_key_id);
 	if (*data_key == NULL)
 		return NULL;
 	name.id = *DatumGetUUIDP(kv_index_scan_value(scan, API_KEYS_ID, &isnull));
@@ -381,6 +387,7 @@ keyvault_user_api_key(PG_FUNCTION_ARGS)
 	char	   *secret = NULL;
 	bool		found;
 
+	kv_redaction_mark_statement();
 	(void) required_text(fcinfo, 2, "name");
 	kv_index_scan_begin(&scan, "api_keys", "api_keys_user_id_provider_name_key", 3, keys, types);
 	found = kv_index_scan_next(&scan, ForwardScanDirection);
@@ -417,6 +424,7 @@ keyvault_user_api_keys(PG_FUNCTION_ARGS)
 	JsonbParseState *state = NULL;
 	bool		isnull;
 
+	kv_redaction_mark_statement();
 	pushJsonbValue(&state, WJB_BEGIN_OBJECT, NULL);
 	kv_index_scan_begin(&scan, "api_keys", "api_keys_user_id_provider_name_key", 1, &key, &type);
 	while (kv_index_scan_next(&scan, ForwardScanDirection))

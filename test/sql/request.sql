@@ -115,11 +115,35 @@ SELECT keyvault.request('openai', :chat, user_id => 'rq_o') AS silent, keyvault.
 SELECT attempt FROM keyvault._claim_requests(100, 100, 'rq_c');
 SELECT keyvault._settle_request('rq_o', :'silent', 1, 'done', 200, '{}', NULL, NULL, NULL, NULL, NULL, NULL, false),
        keyvault._settle_request('rq_o', :'failed', 1, 'failed', 401, '{}', 'refused', NULL, NULL, NULL, NULL, NULL, true);
-SELECT keyvault._recover_requests() AS recovered;
+SELECT keyvault._settle_request('rq_o', :'lost', 1, 'unknown', NULL, NULL, 'lost', NULL, NULL, NULL, NULL, NULL, false);
 SELECT r.status, u.credits = r.estimated_usd * 1000 AS as_estimated, h.expires_at BETWEEN now() + interval '23 hours' AND now() + interval '25 hours' AS held_for_a_day
   FROM keyvault.requests r LEFT JOIN keyvault.usage_records u ON u.request_id = r.id LEFT JOIN keyvault.credit_holds h ON h.id = r.hold_id
  WHERE r.id IN (:'silent', :'failed', :'lost') ORDER BY r.id;
 SELECT status FROM keyvault.api_keys WHERE user_id = '' AND provider = 'openai';
+
+-- The estimate takes the largest limit, times the answers asked for.
+SELECT keyvault._estimate_usd(p, 'gpt-5-mini', '{"max_tokens": 1000, "max_completion_tokens": 1, "n": 3}')
+     = keyvault._estimate_usd(p, 'gpt-5-mini', '{"max_tokens": 3000, "max_completion_tokens": 1, "n": 1}') AS same
+  FROM keyvault.providers p WHERE provider = 'openai';
+-- With the platform's key only paths that an administrator opened; with one's own any.
+SELECT keyvault.request('openai', '{}', path => '/v1/files', user_id => 'rq_o');
+SELECT keyvault.request('openai', '{}', path => '/v1/embeddings', user_id => 'rq_o') IS NOT NULL AS queued;
+SELECT keyvault.request('gemini', '{}', path => '/v1beta/models/{model}:embedContent', model => 'gemini-embedding-001', user_id => 'rq_o') IS NOT NULL AS queued;
+SELECT keyvault.request('gemini', '{}', path => '/v1beta/models/gemini-embedding-001:embedContent', model => 'gemini-embedding-001', user_id => 'rq_o') IS NOT NULL AS queued;
+SELECT keyvault.request('openai', '{}', path => '/v1/files', user_id => 'rq_o', api_key => 'sk-regress-for-one-call') IS NOT NULL AS queued;
+SELECT keyvault.request('openai', '{}', idempotency_key => '', user_id => 'rq_o');
+-- A header could be used to smuggle others in.
+\set VERBOSITY sqlstate
+UPDATE keyvault.providers SET headers = '{"x": "1\r\nAuthorization: mine"}' WHERE provider = 'openai';
+UPDATE keyvault.providers SET headers = '{"x y": "1"}' WHERE provider = 'openai';
+UPDATE keyvault.providers SET headers = '{"x": 1}' WHERE provider = 'openai';
+DELETE FROM keyvault.plans WHERE plan = 'free';
+DELETE FROM keyvault.plans WHERE plan = 'pro';
+\set VERBOSITY terse
+-- standard_conforming_strings of the caller changes nothing.
+SET standard_conforming_strings = off;
+SELECT keyvault.request('openai', '{}', user_id => 'rq_o') IS NOT NULL AS queued;
+RESET standard_conforming_strings;
 
 -- Retries wait, and users take turns.
 UPDATE keyvault.requests SET status = 'canceled', call_key = NULL WHERE status = 'queued';
