@@ -10,7 +10,6 @@
 
 #include "datatype/timestamp.h"
 #include "gateway/transfer.h"
-#include "nodes/pg_list.h"
 #include "utils/uuid.h"
 
 /* A claimed request. Lives in a memory context of its own. */
@@ -34,12 +33,9 @@ typedef struct KvCall
 	int			settle_delay_ms;
 } KvCall;
 
-extern List *kv_call_claim(int capacity, int reserve, int per_user, const char *after_user);
-extern List *kv_call_find_lost(void);
 extern void kv_call_start(KvCall *call, KvTransferPool *pool, bool *started);
 extern void kv_call_settle(KvCall *call);
 extern void kv_call_abandon(KvCall *call, const char *reason);
 extern void kv_call_free(KvCall *call, KvTransferPool *pool);
-extern TimestampTz kv_call_next_retry(void);
 
 #endif

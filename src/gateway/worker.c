@@ -18,7 +18,9 @@
 #include "commands/dbcommands.h"
 #include "commands/extension.h"
 #include "gateway/call.h"
+#include "gateway/claim.h"
 #include "gateway/transfer.h"
+#include "gateway/turn.h"
 #include "gateway/worker_slot.h"
 #include "miscadmin.h"
 #include "pgstat.h"
@@ -29,318 +31,17 @@
 #include "tcop/tcopprot.h"
 #include "utils/guc.h"
 #include "utils/memutils.h"
-#include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 #include "utils/varlena.h"
 #include "utils/wait_event.h"
 
-/* The worker waits no longer than this for a row that somebody else has locked. */
-#define LOCK_TIMEOUT "20ms"
-
-/* When to try a settlement again that found its user's balance locked; doubled each time. */
-#define SETTLE_AGAIN_MS		100
-#define SETTLE_AGAIN_MAX_MS	5000
-
-/* When to look again after the queue could not be read. */
-#define CLAIM_AGAIN_MS		500
-
-/* Of the places for calls, one in so many is kept for users with nothing under way. */
-#define RESERVE_SHARE		10
-
 #define MAINTENANCE_EVERY_MS (6 * 60 * 60 * 1000)
-
-/* The state of this process; everything in it lives in context. */
-typedef struct Worker
-{
-	MemoryContext context;
-	MemoryContext turn_context; /* reset after each turn */
-	KvTransferPool *pool;
-	WaitEventSet *events;
-	int			in_flight;
-	List	   *ended;			/* calls to settle */
-	char	   *after_user;		/* the user who was served last */
-	uint64		wakeups;		/* how many are accounted for */
-	bool		look;			/* the queue may have something for us */
-	TimestampTz next_retry;		/* when a queued request becomes due */
-	TimestampTz idle_since;
-	TimestampTz maintained;
-} Worker;
 
 PGDLLEXPORT void keyvault_worker_main(Datum arg);
 
-static void
-begin_turn(const char *activity)
-{
-	SetCurrentStatementStartTimestamp();
-	StartTransactionCommand();
-	PushActiveSnapshot(GetTransactionSnapshot());
-	pgstat_report_activity(STATE_RUNNING, activity);
-	/* The extension may have been dropped since: then there is nothing to do here. */
-	if (!OidIsValid(get_extension_oid("keyvault", true)))
-	{
-		PopActiveSnapshot();
-		CommitTransactionCommand();
-		proc_exit(0);
-	}
-	(void) set_config_option("lock_timeout", LOCK_TIMEOUT, PGC_USERSET, PGC_S_SESSION, GUC_ACTION_LOCAL, true, 0, false);
-}
-
-static void
-end_turn(void)
-{
-	PopActiveSnapshot();
-	CommitTransactionCommand();
-	pgstat_report_stat(true);
-	pgstat_report_activity(STATE_IDLE, NULL);
-}
-
-/* Report the error under way, and forget it with its transaction; returns its SQLSTATE. */
-static int
-roll_back_turn(MemoryContext context, char **message)
-{
-	ErrorData  *error;
-	int			code;
-
-	HOLD_INTERRUPTS();
-	MemoryContextSwitchTo(context);
-	error = CopyErrorData();
-	code = error->sqlerrcode;
-	*message = error->message;
-	FlushErrorState();
-	AbortCurrentTransaction();
-	MemoryContextSwitchTo(context);
-	pgstat_report_activity(STATE_IDLE, NULL);
-	RESUME_INTERRUPTS();
-	return code;
-}
-
-static bool
-error_may_pass(int code)
-{
-	return code == ERRCODE_LOCK_NOT_AVAILABLE || code == ERRCODE_T_R_SERIALIZATION_FAILURE ||
-		code == ERRCODE_T_R_DEADLOCK_DETECTED || code == ERRCODE_QUERY_CANCELED;
-}
-
-static void
-finish_call(Worker *worker, KvCall *call)
-{
-	worker->ended = list_delete_ptr(worker->ended, call);
-	kv_call_free(call, worker->pool);
-}
-
-/* Mark as unknown, outside of the turn that failed, a call that cannot be settled. */
-static void
-abandon_call(Worker *worker, KvCall *call, char *reason)
-{
-	char	   *message;
-
-	ereport(WARNING,
-			(errmsg("answer of a provider call cannot be stored: %s", reason),
-			 errhint("The request's outcome is unknown; see keyvault.request_status.")));
-	PG_TRY();
-	{
-		begin_turn("giving a call up");
-		kv_call_abandon(call, "the answer could not be stored; the server log says why");
-		end_turn();
-	}
-	PG_CATCH();
-	{
-		(void) roll_back_turn(worker->turn_context, &message);
-	}
-	PG_END_TRY();
-}
-
-/* Settle one call in a transaction of its own; false when it has to wait for a lock. */
-static bool
-settle_alone(Worker *worker, KvCall *call)
-{
-	volatile bool settled = true;
-	char	   *message;
-
-	PG_TRY();
-	{
-		begin_turn("settling a call");
-		kv_call_settle(call);
-		end_turn();
-	}
-	PG_CATCH();
-	{
-		if (error_may_pass(roll_back_turn(worker->turn_context, &message)))
-			settled = false;
-		else
-			abandon_call(worker, call, message);
-	}
-	PG_END_TRY();
-	MemoryContextSwitchTo(worker->turn_context);
-	return settled;
-}
-
-static void
-postpone_settlement(KvCall *call)
-{
-	call->settle_delay_ms = call->settle_delay_ms == 0 ? SETTLE_AGAIN_MS : Min(call->settle_delay_ms * 2, SETTLE_AGAIN_MAX_MS);
-	call->settle_at = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), call->settle_delay_ms);
-}
-
-/* The calls that have ended and need not wait, in the turn's memory. */
-static List *
-calls_to_settle(Worker *worker)
-{
-	TimestampTz now = GetCurrentTimestamp();
-	List	   *calls = NIL;
-	ListCell   *cell;
-
-	foreach(cell, worker->ended)
-		if (((KvCall *) lfirst(cell))->settle_at <= now)
-			calls = lappend(calls, lfirst(cell));
-	return calls;
-}
-
-/* After a turn failed: settle each call by itself, so that one cannot hold up the others. */
-static void
-settle_one_by_one(Worker *worker, List *calls)
-{
-	List	   *blocked_users = NIL;
-	ListCell   *cell;
-
-	foreach(cell, calls)
-	{
-		KvCall	   *call = lfirst(cell);
-		ListCell   *user;
-		bool		blocked = false;
-
-		CHECK_FOR_INTERRUPTS();
-		foreach(user, blocked_users)
-			blocked = blocked || strcmp(lfirst(user), call->user_id) == 0;
-		if (!blocked && settle_alone(worker, call))
-			finish_call(worker, call);
-		else
-		{
-			blocked_users = lappend(blocked_users, call->user_id);
-			postpone_settlement(call);
-		}
-	}
-	kv_worker_announce_settlement();
-}
-
-/* Settle calls and claim up to capacity more, in one transaction. Returns the claims. */
-static List *
-settle_and_claim(Worker *worker, List *calls, int capacity)
-{
-	ListCell   *cell;
-	List	   *claimed = NIL;
-
-	begin_turn("settling and claiming calls");
-	foreach(cell, calls)
-	{
-		CHECK_FOR_INTERRUPTS();
-		kv_call_settle(lfirst(cell));
-	}
-	MemoryContextSwitchTo(worker->turn_context);
-	if (capacity > 0)
-		claimed = kv_call_claim(capacity, kv_max_concurrent_requests / RESERVE_SHARE,
-								kv_max_concurrent_requests_per_user, worker->after_user);
-	/* With no place left, the next call that ends gives cause to look. */
-	if (list_length(claimed) < capacity)
-		worker->next_retry = kv_call_next_retry();
-	else
-		TIMESTAMP_NOEND(worker->next_retry);
-	end_turn();
-	MemoryContextSwitchTo(worker->turn_context);
-	return claimed;
-}
-
-/* settle_and_claim, with an error reported and rolled back; false then. */
-static bool
-try_settle_and_claim(Worker *worker, List *calls, int capacity, List **claimed)
-{
-	volatile bool done = true;
-	char	   *message;
-
-	*claimed = NIL;
-	PG_TRY();
-	{
-		*claimed = settle_and_claim(worker, calls, capacity);
-	}
-	PG_CATCH();
-	{
-		int			code = roll_back_turn(worker->turn_context, &message);
-
-		if (calls == NIL && !error_may_pass(code))
-			ereport(WARNING,
-					(errmsg("keyvault worker cannot read its queue: %s", message),
-					 errhint("It tries again; the SQLSTATE is %s.", unpack_sql_state(code))));
-		done = false;
-	}
-	PG_END_TRY();
-	MemoryContextSwitchTo(worker->turn_context);
-	return done;
-}
-
-static void
-send_calls(Worker *worker, List *claimed)
-{
-	ListCell   *cell;
-
-	foreach(cell, claimed)
-	{
-		KvCall	   *call = lfirst(cell);
-		bool		started;
-
-		kv_call_start(call, worker->pool, &started);
-		if (started)
-			worker->in_flight++;
-		else
-		{
-			MemoryContext old = MemoryContextSwitchTo(worker->context);
-
-			worker->ended = lappend(worker->ended, call);
-			MemoryContextSwitchTo(old);
-		}
-	}
-	if (claimed)
-	{
-		MemoryContext old = MemoryContextSwitchTo(worker->context);
-
-		pfree(worker->after_user);
-		worker->after_user = pstrdup(((KvCall *) llast(claimed))->user_id);
-		MemoryContextSwitchTo(old);
-	}
-}
-
-/* One turn of database work. */
-static void
-take_turn(Worker *worker)
-{
-	int			capacity = Max(kv_max_concurrent_requests - worker->in_flight, 0);
-	List	   *calls;
-	List	   *claimed;
-	ListCell   *cell;
-
-	worker->look = false;
-	MemoryContextSwitchTo(worker->turn_context);
-	calls = calls_to_settle(worker);
-	if (try_settle_and_claim(worker, calls, capacity, &claimed))
-	{
-		foreach(cell, calls)
-			finish_call(worker, lfirst(cell));
-		if (calls != NIL)
-			kv_worker_announce_settlement();
-	}
-	else
-	{
-		settle_one_by_one(worker, calls);
-		if (calls == NIL || !try_settle_and_claim(worker, NIL, capacity, &claimed))
-			worker->next_retry = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), CLAIM_AGAIN_MS);
-	}
-	send_calls(worker, claimed);
-	MemoryContextSwitchTo(worker->context);
-	MemoryContextReset(worker->turn_context);
-}
-
 /* Collect what the network has finished. */
 static void
-collect_ended(Worker *worker)
+collect_ended(KvWorker *worker)
 {
 	KvTransferResult result;
 
@@ -357,7 +58,7 @@ collect_ended(Worker *worker)
 
 /* Make the partitions that are missing; when a lock is in the way, another time. */
 static void
-maintain(Worker *worker)
+maintain(KvWorker *worker)
 {
 	static KvStatement partitions = {"SELECT keyvault._make_usage_partitions()", 0};
 	KvOwnerScope scope;
@@ -366,15 +67,15 @@ maintain(Worker *worker)
 	worker->maintained = GetCurrentTimestamp();
 	PG_TRY();
 	{
-		begin_turn("making partitions");
+		kv_turn_begin("making partitions");
 		kv_owner_begin(&scope);
 		kv_statement_execute(&partitions, NULL, NULL);
 		kv_owner_end(&scope);
-		end_turn();
+		kv_turn_end();
 	}
 	PG_CATCH();
 	{
-		if (!error_may_pass(roll_back_turn(worker->turn_context, &message)))
+		if (!kv_turn_error_may_pass(kv_turn_roll_back(worker->turn_context, &message)))
 			ereport(WARNING, (errmsg("partitions of keyvault.usage_records could not be made: %s", message)));
 		worker->maintained = TimestampTzPlusMilliseconds(worker->maintained, 60000 - MAINTENANCE_EVERY_MS);
 	}
@@ -397,7 +98,7 @@ sooner(TimestampTz now, TimestampTz when, long *timeout_ms)
 
 /* When a call that has ended may be settled; infinity when none has. */
 static TimestampTz
-next_settlement(const Worker *worker)
+next_settlement(const KvWorker *worker)
 {
 	TimestampTz next;
 	ListCell   *cell;
@@ -409,14 +110,14 @@ next_settlement(const Worker *worker)
 }
 
 static bool
-is_idle(const Worker *worker)
+is_idle(const KvWorker *worker)
 {
 	return worker->in_flight == 0 && worker->ended == NIL && TIMESTAMP_IS_NOEND(worker->next_retry);
 }
 
 /* Wait until the latch is set, the network has something, or a time has come. */
 static void
-wait_for_work(Worker *worker)
+wait_for_work(KvWorker *worker)
 {
 	WaitEvent	event;
 	TimestampTz now = GetCurrentTimestamp();
@@ -431,7 +132,7 @@ wait_for_work(Worker *worker)
 }
 
 static void
-serve_interrupts(Worker *worker)
+serve_interrupts(KvWorker *worker)
 {
 	CHECK_FOR_INTERRUPTS();
 	if (ConfigReloadPending)
@@ -445,7 +146,7 @@ serve_interrupts(Worker *worker)
 
 /* Leave when there was nothing to do for long enough, so that the database is not pinned. */
 static void
-leave_if_idle(Worker *worker)
+leave_if_idle(KvWorker *worker)
 {
 	TimestampTz now = GetCurrentTimestamp();
 
@@ -457,7 +158,7 @@ leave_if_idle(Worker *worker)
 }
 
 static bool
-turn_is_due(Worker *worker)
+turn_is_due(KvWorker *worker)
 {
 	TimestampTz now = GetCurrentTimestamp();
 	uint64		wakeups = kv_worker_wakeups();
@@ -495,7 +196,7 @@ database_is_served(void)
 
 /* Connect, and leave again where there is nothing to do. */
 static void
-start_up(Worker *worker, Oid database)
+start_up(KvWorker *worker, Oid database)
 {
 	bool		served;
 
@@ -528,12 +229,12 @@ start_up(Worker *worker, Oid database)
 
 /* Take over what an earlier worker left behind. */
 static void
-find_lost_calls(Worker *worker)
+find_lost_calls(KvWorker *worker)
 {
-	begin_turn("looking for lost calls");
+	kv_turn_begin("looking for lost calls");
 	MemoryContextSwitchTo(worker->context);
-	worker->ended = kv_call_find_lost();
-	end_turn();
+	worker->ended = kv_claim_lost_calls();
+	kv_turn_end();
 	MemoryContextSwitchTo(worker->context);
 	if (worker->ended != NIL)
 		ereport(LOG,
@@ -544,7 +245,7 @@ find_lost_calls(Worker *worker)
 void
 keyvault_worker_main(Datum arg)
 {
-	Worker		worker = {0};
+	KvWorker	worker = {0};
 
 	start_up(&worker, DatumGetObjectId(arg));
 	find_lost_calls(&worker);
@@ -555,7 +256,7 @@ keyvault_worker_main(Datum arg)
 			maintain(&worker);
 		collect_ended(&worker);
 		if (turn_is_due(&worker))
-			take_turn(&worker);
+			kv_turn_take(&worker);
 		leave_if_idle(&worker);
 		wait_for_work(&worker);
 	}
