@@ -1,15 +1,17 @@
 -- Balances, periods, holds and the debit.
 
+-- Written by this extension's own functions alone, with amounts that usage_records and
+-- credit_holds have checked; see there why no CHECK stands here.
 CREATE TABLE keyvault.credit_balances (
     user_id         text COLLATE "C" NOT NULL,
-    slot            smallint NOT NULL DEFAULT 0 CHECK (slot = 0),
-    monthly_credits numeric(18,6) CHECK (monthly_credits >= 0 AND monthly_credits < 'Infinity'),
-    extra_credits   numeric(18,6) NOT NULL DEFAULT 0 CHECK (extra_credits >= 0 AND extra_credits < 'Infinity'),
-    credits_used    numeric(18,6) NOT NULL DEFAULT 0 CHECK (credits_used >= 0 AND credits_used < 'Infinity'),
-    credits_held    numeric(18,6) NOT NULL DEFAULT 0 CHECK (credits_held >= 0 AND credits_held < 'Infinity'),
-    period_anchor   timestamptz NOT NULL CHECK (isfinite(period_anchor)),
+    slot            smallint NOT NULL DEFAULT 0,
+    monthly_credits numeric(18,6),
+    extra_credits   numeric(18,6) NOT NULL DEFAULT 0,
+    credits_used    numeric(18,6) NOT NULL DEFAULT 0,
+    credits_held    numeric(18,6) NOT NULL DEFAULT 0,
+    period_anchor   timestamptz NOT NULL,
     period_start    timestamptz NOT NULL,
-    period_end      timestamptz NOT NULL CHECK (period_end > period_start),
+    period_end      timestamptz NOT NULL,
     PRIMARY KEY (user_id, slot)
 ) WITH (fillfactor = 70);
 COMMENT ON TABLE keyvault.credit_balances IS

@@ -33,6 +33,7 @@
 #include "utils/numeric.h"
 #include "utils/rel.h"
 #include "utils/snapmgr.h"
+#include "utils/timestamp.h"
 
 PG_FUNCTION_INFO_V1(keyvault_debit_tag);
 PG_FUNCTION_INFO_V1(keyvault_collect_debit);
@@ -40,6 +41,9 @@ PG_FUNCTION_INFO_V1(keyvault_flush_debits);
 
 /* numeric(18,6) as a whole number of micro-credits fits in 64 bits. */
 #define MICRO_DIGITS 6
+
+/* So does a cost in USD, numeric(18,9), as nano-dollars. */
+#define NANO_DIGITS 9
 
 typedef struct Debit
 {
@@ -54,16 +58,35 @@ typedef struct Debit
 static Debit first_owed;
 static HTAB *owed = NULL;
 
-/* Columns of usage_records by name, as partitions may order them otherwise. Reset when the relation changes. */
-typedef struct DebitColumns
+/* Columns that the row trigger reads. */
+enum
 {
-	Oid			relation;
-	int			user_id;
-	int			credits;
-	int			debit_tag;
-} DebitColumns;
+	USER_ID,
+	CREATED_AT,
+	TYPE,
+	PAYER,
+	INPUT_TOKENS,
+	CACHED_TOKENS,
+	OUTPUT_TOKENS,
+	TOKENS,
+	CREDITS,
+	CREDITS_OVERRUN,
+	COST_USD,
+	DEBIT_TAG,
+	COLUMNS
+};
 
-static DebitColumns columns;
+static const char *const column_names[COLUMNS] = {
+	"user_id", "created_at", "type", "payer", "input_tokens", "cached_tokens", "output_tokens", "tokens",
+	"credits", "credits_overrun", "cost_usd", "debit_tag",
+};
+
+/* Their numbers in the relation last seen, as partitions may order them otherwise. Dropped when the transaction ends. */
+static Oid	columns_of = InvalidOid;
+static int	columns[COLUMNS];
+
+/* The type of a usage record, in bytes. */
+#define TYPE_MAX 63
 
 /* A number that names the current transaction of this cluster. */
 static int64
@@ -80,24 +103,61 @@ keyvault_debit_tag(PG_FUNCTION_ARGS)
 	PG_RETURN_INT64(debit_tag());
 }
 
-/* The amount in micro-credits. */
-static int64
-micro_from_numeric(Numeric credits)
-{
-	return DatumGetInt64(DirectFunctionCall1(numeric_int8,
-											 DirectFunctionCall2(numeric_mul, NumericGetDatum(credits),
-																 NumericGetDatum(int64_to_numeric(INT64CONST(1000000))))));
-}
-
 static void
 find_columns(Relation relation)
 {
-	if (columns.relation == RelationGetRelid(relation))
+	if (columns_of == RelationGetRelid(relation))
 		return;
-	columns.user_id = SPI_fnumber(RelationGetDescr(relation), "user_id");
-	columns.credits = SPI_fnumber(RelationGetDescr(relation), "credits");
-	columns.debit_tag = SPI_fnumber(RelationGetDescr(relation), "debit_tag");
-	columns.relation = RelationGetRelid(relation);
+	for (int i = 0; i < COLUMNS; i++)
+		columns[i] = SPI_fnumber(RelationGetDescr(relation), column_names[i]);
+	columns_of = RelationGetRelid(relation);
+}
+
+static void
+raise_bad_value(int column, const char *what)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_CHECK_VIOLATION),
+			 errmsg("%s of a usage record must be %s", column_names[column], what)));
+}
+
+/* The amount as a whole number of 10^-digits, of at most 18 digits. Error: 23514 for a negative one or NaN. */
+static int64
+whole_amount(int column, Datum amount, int digits)
+{
+	Numeric		value = DatumGetNumeric(amount);
+	Numeric		scale = int64_to_numeric(digits == MICRO_DIGITS ? INT64CONST(1000000) : INT64CONST(1000000000));
+	int64		whole;
+
+	if (numeric_is_nan(value) || numeric_is_inf(value))
+		raise_bad_value(column, "a number");
+	whole = DatumGetInt64(DirectFunctionCall1(numeric_int8,
+											  DirectFunctionCall2(numeric_mul, amount, NumericGetDatum(scale))));
+	if (whole < 0)
+		raise_bad_value(column, "zero or more");
+	return whole;
+}
+
+/* What the table's CHECKs would say. */
+static void
+check_row(const Datum *values, const bool *isnull)
+{
+	text	   *type = DatumGetTextPP(values[TYPE]);
+	text	   *payer = DatumGetTextPP(values[PAYER]);
+	Size		payer_length = VARSIZE_ANY_EXHDR(payer);
+
+	if (VARSIZE_ANY_EXHDR(type) == 0 || VARSIZE_ANY_EXHDR(type) > TYPE_MAX)
+		raise_bad_value(TYPE, "1 to 63 bytes long");
+	if (!(payer_length == 4 && memcmp(VARDATA_ANY(payer), "user", 4) == 0) &&
+		!(payer_length == 8 && memcmp(VARDATA_ANY(payer), "platform", 8) == 0))
+		raise_bad_value(PAYER, "user or platform");
+	if (TIMESTAMP_NOT_FINITE(DatumGetTimestampTz(values[CREATED_AT])))
+		raise_bad_value(CREATED_AT, "finite");
+	for (int i = INPUT_TOKENS; i <= TOKENS; i++)
+		if (!isnull[i] && DatumGetInt64(values[i]) < 0)
+			raise_bad_value(i, "zero or more");
+	(void) whole_amount(CREDITS_OVERRUN, values[CREDITS_OVERRUN], MICRO_DIGITS);
+	(void) whole_amount(COST_USD, values[COST_USD], NANO_DIGITS);
 }
 
 /* Add to what a user owes at a level. */
@@ -166,26 +226,25 @@ Datum
 keyvault_collect_debit(PG_FUNCTION_ARGS)
 {
 	TriggerData *trigger = (TriggerData *) fcinfo->context;
-	TupleDesc	tupdesc;
-	HeapTuple	row;
-	text	   *user_id;
+	Datum		values[COLUMNS];
+	bool		isnull[COLUMNS];
 	int64		micro_credits;
-	bool		isnull;
+	text	   *user_id;
 
 	check_trigger(fcinfo, true);
 	/* A subscriber receives the balances that its publisher debited. */
 	if (IsLogicalWorker())
 		return PointerGetDatum(NULL);
-	tupdesc = RelationGetDescr(trigger->tg_relation);
-	row = trigger->tg_trigtuple;
 	find_columns(trigger->tg_relation);
-	if (DatumGetInt64(heap_getattr(row, columns.debit_tag, tupdesc, &isnull)) != debit_tag())
-		return PointerGetDatum(NULL);
-	micro_credits = micro_from_numeric(DatumGetNumeric(heap_getattr(row, columns.credits, tupdesc, &isnull)));
-	user_id = DatumGetTextPP(heap_getattr(row, columns.user_id, tupdesc, &isnull));
+	for (int i = 0; i < COLUMNS; i++)
+		values[i] = heap_getattr(trigger->tg_trigtuple, columns[i], RelationGetDescr(trigger->tg_relation), &isnull[i]);
+	check_row(values, isnull);
+	micro_credits = whole_amount(CREDITS, values[CREDITS], MICRO_DIGITS);
+	user_id = DatumGetTextPP(values[USER_ID]);
 	if (VARSIZE_ANY_EXHDR(user_id) == 0 || VARSIZE_ANY_EXHDR(user_id) > KV_USER_ID_MAX)
 		(void) kv_identity_check_user_id(user_id);
-	owe(VARDATA_ANY(user_id), VARSIZE_ANY_EXHDR(user_id), micro_credits);
+	if (DatumGetInt64(values[DEBIT_TAG]) == debit_tag())
+		owe(VARDATA_ANY(user_id), VARSIZE_ANY_EXHDR(user_id), micro_credits);
 	return PointerGetDatum(NULL);
 }
 
@@ -317,7 +376,7 @@ at_transaction_end(XactEvent event, void *arg)
 		case XACT_EVENT_ABORT:
 			owed = NULL;
 			first_owed.nest_level = 0;
-			columns.relation = InvalidOid;
+			columns_of = InvalidOid;
 			break;
 		default:
 			break;

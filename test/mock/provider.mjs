@@ -102,6 +102,8 @@ class Provider {
     this.logFd = logFile === undefined ? undefined : openSync(logFile, 'a');
     this.run = randomBytes(6).toString('hex');
     this.ids = 0;
+    this.closed = new Map();
+    this.opened = new Set();
     this.reset();
   }
 
@@ -111,6 +113,7 @@ class Provider {
     this.log = [];
     this.next = 0;
     this.seen = new Set();
+    this.opened.clear();
     this.paths = 0;
     this.countedSockets = new WeakSet();
     this.stats = {
@@ -247,10 +250,25 @@ class Provider {
     return finish(directives.status ?? 200, answer);
   }
 
+  /* Answers behind a gate wait until a test has opened it. */
+  whenOpen(gate, answer) {
+    if (gate === undefined || this.opened.has(gate)) answer();
+    else this.closed.set(gate, [...(this.closed.get(gate) ?? []), answer]);
+  }
+
+  open(gate) {
+    const waiting = this.closed.get(gate) ?? [];
+    this.opened.add(gate);
+    this.closed.delete(gate);
+    for (const answer of waiting) answer();
+    return waiting.length;
+  }
+
   /* One request that trips the stand-in must not take the other tests with it. */
   answer(req, res, path, body) {
     try {
-      deliver(res, this.reply(req, path, body), BAD_UTF8);
+      const reply = this.reply(req, path, body);
+      this.whenOpen(reply.directives.gate, () => deliver(res, reply, BAD_UTF8));
     } catch (error) {
       process.stderr.write(`stand-in: ${req.method} ${path}: ${error.stack}\n`);
       if (!res.headersSent) res.writeHead(500);
@@ -263,7 +281,9 @@ class Provider {
     let answer;
     if (path === '/__stats') answer = this.stats;
     else if (path === '/__log') answer = this.lastRequests(Number(query.get('n') ?? LOG_SIZE));
-    else if (path === '/__reset' && req.method === 'POST') {
+    else if (path === '/__open' && req.method === 'POST') {
+      answer = { answered: this.open(query.get('gate')) };
+    } else if (path === '/__reset' && req.method === 'POST') {
       this.reset();
       answer = { ok: true };
     }

@@ -320,6 +320,21 @@ test('delay', async () => {
   assert.equal(stats.max_in_flight, 3);
 });
 
+test('gate answers when it is opened, and from then on', async () => {
+  let answered = 0;
+  const waiting = ['a', 'b'].map((prompt) => chat(`${prompt} [[mock: gate=one]]`).then((answer) => {
+    answered++;
+    return answer.status;
+  }));
+  for (let n = 0; n < 400 && (await request('GET', '/__log')).json().length < 2; n++) await sleep(25);
+  assert.equal(answered, 0);
+  assert.deepEqual((await request('POST', '/__open?gate=other')).json(), { answered: 0 });
+  assert.deepEqual((await request('POST', '/__open?gate=one')).json(), { answered: 2 });
+  assert.deepEqual(await Promise.all(waiting), [200, 200]);
+  assert.equal((await chat('c [[mock: gate=one]]')).status, 200);
+  assert.equal((await request('GET', '/__open?gate=one')).status, 404);
+});
+
 test('hang never answers, and ends with the caller', async () => {
   await assert.rejects(request('POST', '/run', { 'x-mock': 'hang' }, {}, AbortSignal.timeout(200)));
   await sleep(50);

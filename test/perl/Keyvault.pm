@@ -1,17 +1,21 @@
-# What keyvault's TAP tests share: nodes with the library and a master key, and the stand-in provider.
+# What keyvault's TAP tests share: nodes with the library and a master key, the stand-in provider, requests and what became of them.
 package Keyvault;
 
 use strict;
 use warnings FATAL => 'all';
 use Exporter 'import';
 use File::Temp ();
+use HTTP::Tiny;
+use IPC::Run ();
+use JSON::PP ();
 use POSIX ();
 use Test::More;
 use Time::HiRes qw(sleep);
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 
-our @EXPORT = qw(new_master_key new_node start_mock use_mock mock_get wait_until state_of chat);
+our @EXPORT = qw(new_master_key new_node set_config start_mock use_mock mock_get mock_open mock_received
+	wait_until state_of chat queue_request request_status ends_as worker_pid balances_are_sums run_pgbench);
 
 my @mocks;
 
@@ -43,6 +47,17 @@ sub new_node
 	return $node;
 }
 
+# Change a setting of a running node, undef for its default; returns when new sessions see it.
+sub set_config
+{
+	my ($node, $name, $value) = @_;
+	my $before = $node->safe_psql('postgres', 'SELECT pg_conf_load_time()');
+	$node->safe_psql('postgres', defined $value ? "ALTER SYSTEM SET $name = '$value'" : "ALTER SYSTEM RESET $name");
+	$node->reload;
+	wait_until(sub { $node->safe_psql('postgres', 'SELECT pg_conf_load_time()') ne $before }) or die 'no reload';
+	return;
+}
+
 # Start the stand-in provider; returns its port.
 sub start_mock
 {
@@ -70,14 +85,29 @@ SQL
 	return;
 }
 
-# GET a path of the stand-in; returns the body.
-sub mock_get
+sub talk_to_mock
 {
-	my ($port, $path) = @_;
-	my ($out, $err);
-	run_log([ 'node', '-e', "fetch('http://127.0.0.1:$port$path').then(r => r.text()).then(t => process.stdout.write(t))" ],
-		'>', \$out, '2>', \$err);
-	return $out;
+	my ($method, $port, $path) = @_;
+	my $answer = HTTP::Tiny->new(proxy => undef, http_proxy => undef)->request($method, "http://127.0.0.1:$port$path");
+	die "the stand-in answers $answer->{status}: $answer->{content}" unless $answer->{success};
+	return $answer->{content};
+}
+
+# GET a path of the stand-in; returns the body.
+sub mock_get { return talk_to_mock('GET', @_) }
+
+# Let the stand-in answer what waits at a gate.
+sub mock_open
+{
+	my ($port, $gate) = @_;
+	return talk_to_mock('POST', $port, "/__open?gate=$gate");
+}
+
+# How many requests whose body contains a text have reached the stand-in.
+sub mock_received
+{
+	my ($port, $text) = @_;
+	return scalar grep { index($_->{body}, $text) >= 0 } @{ JSON::PP::decode_json(mock_get($port, '/__log')) };
 }
 
 # Wait until a condition holds, 60 seconds at most; returns whether it does.
@@ -100,12 +130,78 @@ sub state_of
 	return $err =~ /ERROR:\s+(\w{5})/ ? $1 : '';
 }
 
-# The body of a chat request.
+# The body of a chat request, as a literal.
 sub chat
 {
 	my ($text, $model) = @_;
 	$model //= 'gpt-5-mini';
 	return qq('{"model": "$model", "max_completion_tokens": 100, "messages": [{"role": "user", "content": "$text"}]}');
+}
+
+# Queue a chat request of a user and commit; returns its id. Further arguments are SQL expressions.
+sub queue_request
+{
+	my ($node, $user, $text, %argument) = @_;
+	my $database = delete $argument{database} // 'postgres';
+	my $arguments = join '', map { ", $_ => $argument{$_}" } sort keys %argument;
+	return $node->safe_psql($database, "SELECT keyvault.request('openai', " . chat($text) . ", user_id => '$user'$arguments)");
+}
+
+sub request_status
+{
+	my ($node, $id, $database) = @_;
+	return $node->safe_psql($database // 'postgres', "SELECT status FROM keyvault.requests WHERE id = '$id'");
+}
+
+# Test that a request comes to have a status.
+sub ends_as
+{
+	my ($node, $id, $status, $name, $database) = @_;
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+	my $is = '';
+	wait_until(sub { ($is = request_status($node, $id, $database)) eq $status });
+	return is($is, $status, $name);
+}
+
+# The process id of a database's worker, '' when it has none.
+sub worker_pid
+{
+	my ($node, $database) = @_;
+	$database //= 'postgres';
+	return $node->safe_psql('postgres', <<"SQL");
+SELECT pid FROM pg_stat_activity WHERE backend_type = 'keyvault worker' AND datname = '$database'
+SQL
+}
+
+# Test that every balance is the sum of its usage records and of its holds.
+sub balances_are_sums
+{
+	my ($node, $name, $database) = @_;
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+	return is($node->safe_psql($database // 'postgres', <<'SQL'), '', $name);
+SELECT b.user_id, b.credits_used, u.credits, b.credits_held, h.amount
+  FROM keyvault.credit_balances b,
+       LATERAL (SELECT coalesce(sum(r.credits), 0) AS credits FROM keyvault.usage_records r WHERE r.user_id = b.user_id) u,
+       LATERAL (SELECT coalesce(sum(o.amount), 0) AS amount FROM keyvault.credit_holds o WHERE o.user_id = b.user_id) h
+ WHERE b.credits_used <> u.credits OR b.credits_held <> h.amount
+SQL
+}
+
+# Run pgbench with scripts, each [weight, text]; returns its exit status, output and errors.
+sub run_pgbench
+{
+	my ($node, $options, @scripts) = @_;
+	my $directory = PostgreSQL::Test::Utils::tempdir;
+	my @files;
+	foreach my $script (@scripts)
+	{
+		my $path = "$directory/script" . @files;
+		append_to_file($path, $script->[1]);
+		push @files, '-f', "$path\@$script->[0]";
+	}
+	my ($out, $err) = ('', '');
+	IPC::Run::run([ 'pgbench', '-n', @$options, @files, $node->connstr('postgres') ], '>', \$out, '2>', \$err);
+	return ($? >> 8, $out, $err);
 }
 
 END
