@@ -9,7 +9,7 @@
 #include "base/redaction.h"
 #include "base/settings.h"
 #include "credit/debit.h"
-#include "crypto/data_key_cache.h"
+#include "crypto/record_key_cache.h"
 #include "fmgr.h"
 #include "gateway/database_drop.h"
 #include "gateway/launcher.h"
@@ -34,7 +34,7 @@ typedef struct KvModule
 static const KvModule modules[] = {
 	{"settings", kv_settings_init},
 	{"redaction", kv_redaction_init},
-	{"data key cache", kv_data_key_cache_init, kv_data_key_cache_shmem_size, kv_data_key_cache_shmem_init},
+	{"record key cache", kv_record_key_cache_init, kv_record_key_cache_shmem_size, kv_record_key_cache_shmem_init},
 	{"call keys", NULL, kv_call_key_shmem_size, kv_call_key_shmem_init},
 	{"debit", kv_debit_init},
 	{"worker slots", kv_worker_slot_init, kv_worker_slot_shmem_size, kv_worker_slot_shmem_init},

@@ -18,7 +18,7 @@
 char	   *kv_user_id = NULL;
 char	   *kv_master_key_file = NULL;
 bool		kv_allow_master_key_in_data_directory = false;
-int			kv_data_key_cache_size = 8192;
+int			kv_record_key_cache_size = 16384;
 bool		kv_create_users = true;
 bool		kv_redact_logs = true;
 char	   *kv_databases = NULL;
@@ -75,9 +75,9 @@ define_master_key_settings(void)
 							 "Accepts a master key file inside the data directory, where base backups carry it along.",
 							 NULL, &kv_allow_master_key_in_data_directory, false, PGC_SIGHUP, 0,
 							 NULL, NULL, NULL);
-	DefineCustomIntVariable("keyvault.data_key_cache_size",
-							"Data keys that each process keeps unwrapped, 64 bytes each; 0 for none.",
-							NULL, &kv_data_key_cache_size, 8192, 0, 1048576, PGC_POSTMASTER, 0, NULL, NULL, NULL);
+	DefineCustomIntVariable("keyvault.record_key_cache_size",
+							"Keys of records that each process keeps at hand, 115 bytes each; 0 for none.",
+							NULL, &kv_record_key_cache_size, 16384, 0, 1048576, PGC_POSTMASTER, 0, NULL, NULL, NULL);
 }
 
 static void

@@ -14,7 +14,7 @@
 extern char *kv_user_id;
 extern char *kv_master_key_file;
 extern bool kv_allow_master_key_in_data_directory;
-extern int	kv_data_key_cache_size;
+extern int	kv_record_key_cache_size;
 extern bool kv_create_users;
 extern bool kv_redact_logs;
 extern char *kv_databases;

@@ -19,7 +19,6 @@
 #include "base/uuid.h"
 #include "catalog/pg_type.h"
 #include "crypto/associated_data.h"
-#include "crypto/data_key_cache.h"
 #include "crypto/master_key.h"
 #include "crypto/vault_id.h"
 #include "port/pg_bswap.h"
@@ -144,22 +143,11 @@ read_data_key(const char *user_id, uint32 version)
 
 /* The data key of a user with that version and id; NULL when there is none. Errors: KV004, KV005. */
 KvDataKey *
-kv_data_key_find(const char *user_id, uint32 version, const pg_uuid_t *id)
+kv_data_key_find(const char *user_id, uint32 version, const uint8 *id)
 {
-	KvDataKey  *data_key = kv_secret_alloc(sizeof(KvDataKey));
-	uint32		generation = kv_master_key_get()->generation;
+	KvDataKey  *data_key = read_data_key(user_id, version);
 
-	if (kv_data_key_cache_get(id, generation, data_key))
-	{
-		data_key->user_id = user_id;
-		data_key->version = version;
-		return data_key;
-	}
-	data_key = read_data_key(user_id, version);
-	if (data_key == NULL || memcmp(&data_key->id, id, UUID_LEN) != 0)
-		return NULL;
-	kv_data_key_cache_put(data_key, generation);
-	return data_key;
+	return data_key && memcmp(data_key->id.data, id, UUID_LEN) == 0 ? data_key : NULL;
 }
 
 /* The version under which a user's next secret is sealed; NULL before the first one. */

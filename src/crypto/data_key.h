@@ -20,7 +20,7 @@ typedef struct KvDataKey
 	uint8		key[KV_KEY_SIZE];
 } KvDataKey;
 
-extern KvDataKey *kv_data_key_find(const char *user_id, uint32 version, const pg_uuid_t *id);
+extern KvDataKey *kv_data_key_find(const char *user_id, uint32 version, const uint8 *id);
 extern KvDataKey *kv_data_key_latest(const char *user_id);
 extern KvDataKey *kv_data_key_ensure(const char *user_id);
 

@@ -17,13 +17,13 @@
 
 #include "base/secret.h"
 #include "crypto/associated_data.h"
+#include "crypto/master_key.h"
+#include "crypto/record_key_cache.h"
 #include "port/pg_bswap.h"
 
 #define RECORD_MAGIC	'K'
 #define RECORD_FORMAT	1
 #define RECORD_SUITE	1		/* HKDF-SHA256, AES-256-GCM, key commitment */
-#define SALT_SIZE		16
-#define COMMITMENT_SIZE	32
 
 typedef struct RecordHeader
 {
@@ -32,40 +32,37 @@ typedef struct RecordHeader
 	uint8		suite;
 	uint8		flags;
 	uint32		data_key_version;	/* big-endian */
-	uint8		data_key_id[UUID_LEN];
-	uint8		salt[SALT_SIZE];
+	KvRecordId	id;				/* data key id, salt */
 	uint8		nonce[KV_NONCE_SIZE];
-	uint8		commitment[COMMITMENT_SIZE];
+	uint8		commitment[KV_COMMITMENT_SIZE];
 } RecordHeader;
 
 StaticAssertDecl(sizeof(RecordHeader) == 84, "the record's format has no padding");
 
-typedef struct RecordKeys
-{
-	uint8		key[KV_KEY_SIZE];
-	uint8		commitment[COMMITMENT_SIZE];
-} RecordKeys;
-
 static void
-derive_record_keys(RecordKeys *keys, const KvDataKey *data_key, const RecordHeader *header)
+derive_record_key(KvRecordKey *record_key, const KvDataKey *data_key, const RecordHeader *header)
 {
 	static const char label[] = "keyvault/v1/record";
 	uint8		info[sizeof(label) - 1 + 1 + UUID_LEN];
+	uint8		derived[KV_KEY_SIZE + KV_COMMITMENT_SIZE];
 
 	memcpy(info, label, sizeof(label) - 1);
 	info[sizeof(label) - 1] = header->suite;
-	memcpy(info + sizeof(label), header->data_key_id, UUID_LEN);
-	kv_hkdf_sha256(data_key->key, KV_KEY_SIZE, header->salt, SALT_SIZE, info, sizeof(info),
-				   (uint8 *) keys, sizeof(RecordKeys));
+	memcpy(info + sizeof(label), header->id.data_key_id, UUID_LEN);
+	kv_hkdf_sha256(data_key->key, KV_KEY_SIZE, header->id.salt, KV_SALT_SIZE, info, sizeof(info), derived, sizeof(derived));
+	memcpy(record_key->key, derived, KV_KEY_SIZE);
+	memcpy(record_key->commitment, derived + KV_KEY_SIZE, KV_COMMITMENT_SIZE);
+	record_key->vault_id = data_key->vault_id;
+	kv_secret_wipe(derived, sizeof(derived));
 }
 
 static void
 record_associated_data(KvAssociatedData *associated, const RecordHeader *header,
-					   const KvDataKey *data_key, const KvSecretName *name)
+					   const pg_uuid_t *vault_id, const char *user_id, const KvSecretName *name)
 {
 	kv_associated_data_init(associated, (const uint8 *) header, sizeof(RecordHeader));
-	kv_associated_data_add(associated, data_key->vault_id.data, UUID_LEN);
-	kv_associated_data_add(associated, (const uint8 *) data_key->user_id, strlen(data_key->user_id));
+	kv_associated_data_add(associated, vault_id->data, UUID_LEN);
+	kv_associated_data_add(associated, (const uint8 *) user_id, strlen(user_id));
 	kv_associated_data_add(associated, name->id.data, UUID_LEN);
 	kv_associated_data_add(associated, (const uint8 *) name->provider, strlen(name->provider));
 	kv_associated_data_add(associated, (const uint8 *) name->purpose, strlen(name->purpose));
@@ -79,7 +76,7 @@ kv_envelope_seal(const KvDataKey *data_key, const KvSecretName *name, const char
 	bytea	   *record = palloc0(size);
 	RecordHeader *header = (RecordHeader *) VARDATA(record);
 	uint8	   *cipher = (uint8 *) (header + 1);
-	RecordKeys	keys;
+	KvRecordKey record_key;
 	KvAssociatedData associated;
 
 	SET_VARSIZE(record, size);
@@ -87,65 +84,73 @@ kv_envelope_seal(const KvDataKey *data_key, const KvSecretName *name, const char
 	header->format = RECORD_FORMAT;
 	header->suite = RECORD_SUITE;
 	header->data_key_version = pg_hton32(data_key->version);
-	memcpy(header->data_key_id, data_key->id.data, UUID_LEN);
-	kv_random_bytes(header->salt, SALT_SIZE);
+	memcpy(header->id.data_key_id, data_key->id.data, UUID_LEN);
+	kv_random_bytes(header->id.salt, KV_SALT_SIZE);
 	kv_random_bytes(header->nonce, KV_NONCE_SIZE);
-	derive_record_keys(&keys, data_key, header);
-	memcpy(header->commitment, keys.commitment, COMMITMENT_SIZE);
+	derive_record_key(&record_key, data_key, header);
+	memcpy(header->commitment, record_key.commitment, KV_COMMITMENT_SIZE);
 
-	record_associated_data(&associated, header, data_key, name);
-	kv_aead_seal(keys.key, header->nonce, associated.bytes, associated.length,
+	record_associated_data(&associated, header, &data_key->vault_id, data_key->user_id, name);
+	kv_aead_seal(record_key.key, header->nonce, associated.bytes, associated.length,
 				 (const uint8 *) secret, length, cipher, cipher + length);
-	kv_secret_wipe(&keys, sizeof(keys));
+	kv_secret_wipe(&record_key, sizeof(record_key));
 	return record;
 }
 
-/* Which data key a record needs; false when it is no record. */
-bool
-kv_envelope_names_data_key(const bytea *record, uint32 *version, pg_uuid_t *id)
+/* Copy a record's header, which need not be aligned; false when it is no record. */
+static bool
+read_header(const bytea *record, RecordHeader *header)
 {
-	RecordHeader header;
-
 	if (VARSIZE_ANY_EXHDR(record) < sizeof(RecordHeader) + KV_TAG_SIZE)
 		return false;
-	memcpy(&header, VARDATA_ANY(record), sizeof(header));	/* a short varlena is not aligned */
-	if (header.magic != RECORD_MAGIC || header.format != RECORD_FORMAT ||
-		header.suite != RECORD_SUITE || header.flags != 0)
+	memcpy(header, VARDATA_ANY(record), sizeof(RecordHeader));
+	return header->magic == RECORD_MAGIC && header->format == RECORD_FORMAT &&
+		header->suite == RECORD_SUITE && header->flags == 0;
+}
+
+/* Find a record's key; false when its data key is not there. Errors: KV004, KV005. */
+static bool
+find_record_key(KvRecordKey *record_key, const RecordHeader *header, const char *user_id)
+{
+	uint32		generation = kv_master_key_get()->generation;
+	KvDataKey  *data_key;
+
+	if (kv_record_key_cache_get(&header->id, generation, record_key))
+		return true;
+	data_key = kv_data_key_find(user_id, pg_ntoh32(header->data_key_version), header->id.data_key_id);
+	if (data_key == NULL)
 		return false;
-	*version = pg_ntoh32(header.data_key_version);
-	memcpy(id, header.data_key_id, UUID_LEN);
+	derive_record_key(record_key, data_key, header);
+	kv_record_key_cache_put(&header->id, generation, record_key);
 	return true;
 }
 
 /*
- * Open a record for which kv_envelope_names_data_key named this data key. Returns the
- * secret, NUL-terminated, in secret memory of the current context; NULL when it does
- * not open.
+ * Open a record of a user. Returns the secret, NUL-terminated, in secret memory of the
+ * current context; NULL when it does not open. Errors: KV004, KV005.
  */
 char *
-kv_envelope_open(const KvDataKey *data_key, const KvSecretName *name, const bytea *record)
+kv_envelope_open(const char *user_id, const KvSecretName *name, const bytea *record)
 {
 	RecordHeader header;
 	const uint8 *cipher = (const uint8 *) VARDATA_ANY(record) + sizeof(RecordHeader);
 	Size		length = VARSIZE_ANY_EXHDR(record) - sizeof(RecordHeader) - KV_TAG_SIZE;
-	RecordKeys	keys;
+	KvRecordKey record_key;
 	KvAssociatedData associated;
 	char	   *secret;
 	bool		opened;
 
-	memcpy(&header, VARDATA_ANY(record), sizeof(header));
-	if (memcmp(header.data_key_id, data_key->id.data, UUID_LEN) != 0)
+	if (!read_header(record, &header) || !find_record_key(&record_key, &header, user_id))
 		return NULL;
 	secret = kv_secret_alloc(length + 1);
-	derive_record_keys(&keys, data_key, &header);
-	opened = kv_bytes_equal(keys.commitment, header.commitment, COMMITMENT_SIZE);
+	opened = kv_bytes_equal(record_key.commitment, header.commitment, KV_COMMITMENT_SIZE);
 	if (opened)
 	{
-		record_associated_data(&associated, &header, data_key, name);
-		opened = kv_aead_open(keys.key, header.nonce, associated.bytes, associated.length,
+		record_associated_data(&associated, &header, &record_key.vault_id, user_id, name);
+		opened = kv_aead_open(record_key.key, header.nonce, associated.bytes, associated.length,
 							  cipher, length, cipher + length, (uint8 *) secret);
 	}
-	kv_secret_wipe(&keys, sizeof(keys));
+	kv_secret_wipe(&record_key, sizeof(record_key));
 	secret[length] = '\0';
 	return opened ? secret : NULL;
 }

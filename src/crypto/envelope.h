@@ -19,7 +19,6 @@ typedef struct KvSecretName
 } KvSecretName;
 
 extern bytea *kv_envelope_seal(const KvDataKey *data_key, const KvSecretName *name, const char *secret, Size length);
-extern bool kv_envelope_names_data_key(const bytea *record, uint32 *version, pg_uuid_t *id);
-extern char *kv_envelope_open(const KvDataKey *data_key, const KvSecretName *name, const bytea *record);
+extern char *kv_envelope_open(const char *user_id, const KvSecretName *name, const bytea *record);
 
 #endif

@@ -318,27 +318,15 @@ is_expired(KvIndexScan *scan)
 	return !isnull && DatumGetTimestampTz(expires_at) <= GetCurrentTimestamp();
 }
 
-/*
- * Open the key of the scan's current row; NULL when it does not open. data_key keeps the
- * last used data key between calls: a user's keys mostly share one.
- */
+/* Open the key of the scan's current row; NULL when it does not open. */
 static char *
-open_row(KvIndexScan *scan, const char *user_id, const char *provider, KvDataKey **data_key)
+open_row(KvIndexScan *scan, const char *user_id, const char *provider)
 {
 	bool		isnull;
-	bytea	   *record = DatumGetByteaPP(kv_index_scan_value(scan, API_KEYS_CIPHERTEXT, &isnull));
 	KvSecretName name = {.provider = provider,.purpose = purpose};
-	uint32		version;
-	pg_uuid_t	data_key_id;
 
-	if (!kv_envelope_names_data_key(record, &version, &data_key_id))
-		return NULL;
-	if (*data_key == NULL || memcmp(&(*data_key)->id, &data_key_id, UUID_LEN) != 0)
-		*data_key = kv_data_key_find(user_id, version, &data_key_id);
-	if (*data_key == NULL)
-		return NULL;
 	name.id = *DatumGetUUIDP(kv_index_scan_value(scan, API_KEYS_ID, &isnull));
-	return kv_envelope_open(*data_key, &name, record);
+	return kv_envelope_open(user_id, &name, DatumGetByteaPP(kv_index_scan_value(scan, API_KEYS_CIPHERTEXT, &isnull)));
 }
 
 static void
@@ -358,7 +346,6 @@ kv_api_key_open(const char *user_id, const pg_uuid_t *id)
 	KvIndexScan scan;
 	Datum		keys[2] = {CStringGetTextDatum(user_id), UUIDPGetDatum(id)};
 	Oid			types[2] = {TEXTOID, UUIDOID};
-	KvDataKey  *data_key = NULL;
 	char	   *secret = NULL;
 
 	kv_index_scan_begin(&scan, "api_keys", "api_keys_pkey", 2, keys, types);
@@ -367,7 +354,7 @@ kv_api_key_open(const char *user_id, const pg_uuid_t *id)
 		bool		isnull;
 		char	   *provider = TextDatumGetCString(kv_index_scan_value(&scan, API_KEYS_PROVIDER, &isnull));
 
-		secret = open_row(&scan, user_id, provider, &data_key);
+		secret = open_row(&scan, user_id, provider);
 		if (secret == NULL)
 			report_unreadable(ERROR, user_id, provider);
 	}
@@ -383,7 +370,6 @@ keyvault_user_api_key(PG_FUNCTION_ARGS)
 	Datum		keys[3] = {CStringGetTextDatum(user_id), PG_GETARG_DATUM(0), PG_GETARG_DATUM(2)};
 	Oid			types[3] = {TEXTOID, TEXTOID, TEXTOID};
 	KvIndexScan scan;
-	KvDataKey  *data_key = NULL;
 	char	   *secret = NULL;
 	bool		found;
 
@@ -393,7 +379,7 @@ keyvault_user_api_key(PG_FUNCTION_ARGS)
 	found = kv_index_scan_next(&scan, ForwardScanDirection);
 	if (found && !is_expired(&scan))
 	{
-		secret = open_row(&scan, user_id, provider, &data_key);
+		secret = open_row(&scan, user_id, provider);
 		if (secret == NULL)
 			report_unreadable(ERROR, user_id, provider);
 	}
@@ -420,7 +406,6 @@ keyvault_user_api_keys(PG_FUNCTION_ARGS)
 	Datum		key = CStringGetTextDatum(user_id);
 	Oid			type = TEXTOID;
 	KvIndexScan scan;
-	KvDataKey  *data_key = NULL;
 	JsonbParseState *state = NULL;
 	bool		isnull;
 
@@ -435,7 +420,7 @@ keyvault_user_api_keys(PG_FUNCTION_ARGS)
 
 		if (strcmp(name, "default") != 0 || is_expired(&scan))
 			continue;
-		secret = open_row(&scan, user_id, provider, &data_key);
+		secret = open_row(&scan, user_id, provider);
 		if (secret == NULL)
 		{
 			report_unreadable(WARNING, user_id, provider);

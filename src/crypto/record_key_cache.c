@@ -1,0 +1,157 @@
+/*-------------------------------------------------------------------------
+ * record_key_cache.c
+ *		Keys of records that this process opened lately.
+ *
+ * A record names its data key, and its salt, by random bytes that are never given twice,
+ * so that its key can be used again without reading, unwrapping and deriving: that is
+ * most of what opening costs. The record's associated data still names user, row and
+ * vault: an entry opens nothing that the row of data_keys would not. When data keys are
+ * changed or destroyed, or the master key is read anew, every process forgets all entries.
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "crypto/record_key_cache.h"
+
+#include "access/xact.h"
+#include "base/error.h"
+#include "base/secret.h"
+#include "base/settings.h"
+#include "commands/trigger.h"
+#include "fmgr.h"
+#include "port/atomics.h"
+
+PG_FUNCTION_INFO_V1(keyvault_forget_data_keys);
+
+/* Entries that compete for one place; more of them lose fewer to chance. */
+#define WAYS 4
+
+typedef struct Entry
+{
+	KvRecordId	id;
+	KvRecordKey record_key;
+} Entry;
+
+typedef struct Bucket
+{
+	Entry		entries[WAYS];
+	uint32		next;			/* the one to be replaced */
+} Bucket;
+
+/* In shared memory: raised when every process has to forget. */
+static pg_atomic_uint32 *epoch = NULL;
+
+/* This process's entries, in memory that stays out of core files; made at first use. */
+static Bucket *buckets = NULL;
+static uint32 n_buckets;
+static uint64 filled_at;
+
+/* This transaction has changed data keys; dropped when it ends. */
+static bool forget_at_end = false;
+
+Size
+kv_record_key_cache_shmem_size(void)
+{
+	return sizeof(pg_atomic_uint32);
+}
+
+void
+kv_record_key_cache_shmem_init(void *memory, bool found)
+{
+	epoch = memory;
+	if (!found)
+		pg_atomic_init_u32(epoch, 0);
+}
+
+/* Where a record's key belongs; NULL when none are kept. Entries of before now, or of another master key, are wiped first. */
+static Bucket *
+bucket_of(const KvRecordId *id, uint32 generation)
+{
+	uint64		now = (uint64) generation << 32 | pg_atomic_read_u32(epoch);
+	uint32		hash;
+
+	if (buckets == NULL)
+	{
+		n_buckets = kv_record_key_cache_size / WAYS;
+		if (n_buckets == 0)
+			return NULL;
+		buckets = kv_secret_page(n_buckets * sizeof(Bucket));
+		filled_at = now;
+	}
+	if (filled_at != now)
+	{
+		kv_secret_wipe(buckets, n_buckets * sizeof(Bucket));
+		filled_at = now;
+	}
+	memcpy(&hash, id->salt, sizeof(hash));
+	return &buckets[hash % n_buckets];
+}
+
+/* Fill in the key of a record; false when it is not here. generation is the loaded master key's. */
+bool
+kv_record_key_cache_get(const KvRecordId *id, uint32 generation, KvRecordKey *record_key)
+{
+	Bucket	   *bucket = bucket_of(id, generation);
+
+	for (int i = 0; bucket && i < WAYS; i++)
+		if (memcmp(&bucket->entries[i].id, id, sizeof(KvRecordId)) == 0)
+		{
+			*record_key = bucket->entries[i].record_key;
+			return true;
+		}
+	return false;
+}
+
+/* Keep the key of a record, in the place of another. */
+void
+kv_record_key_cache_put(const KvRecordId *id, uint32 generation, const KvRecordKey *record_key)
+{
+	Bucket	   *bucket = bucket_of(id, generation);
+
+	if (bucket)
+	{
+		Entry	   *entry = &bucket->entries[bucket->next++ % WAYS];
+
+		entry->id = *id;
+		entry->record_key = *record_key;
+	}
+}
+
+static void
+forget_everywhere(void)
+{
+	pg_atomic_fetch_add_u32(epoch, 1);
+}
+
+static void
+at_transaction_end(XactEvent event, void *arg)
+{
+	if (event != XACT_EVENT_COMMIT && event != XACT_EVENT_PREPARE && event != XACT_EVENT_ABORT)
+		return;
+	if (forget_at_end)
+		forget_everywhere();
+	forget_at_end = false;
+}
+
+/* Follow the end of transactions; called once, while the server preloads the library. */
+void
+kv_record_key_cache_init(void)
+{
+	RegisterXactCallback(at_transaction_end, NULL);
+}
+
+/*
+ * Trigger of keyvault.data_keys: data keys were changed or destroyed. Others forget when
+ * that is committed: until then they may still read, and keep, the rows as they were.
+ */
+Datum
+keyvault_forget_data_keys(PG_FUNCTION_ARGS)
+{
+	if (!CALLED_AS_TRIGGER(fcinfo))
+		ereport(ERROR,
+				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
+				 errmsg("keyvault._forget_data_keys() runs as a trigger of keyvault.data_keys")));
+	forget_everywhere();
+	forget_at_end = true;
+	return PointerGetDatum(NULL);
+}
