@@ -76,10 +76,15 @@ END;
 COMMENT ON FUNCTION keyvault._create_balance(text) IS
     'Gives a user a balance where there is none: the plan''s credits, in periods that begin at midnight UTC today.';
 
-CREATE FUNCTION keyvault._roll_period(user_id text) RETURNS void
-    LANGUAGE sql
+-- plpgsql where SQL would do: it keeps its plans, and these run for every call.
+
+CREATE FUNCTION keyvault._roll_period(user_id text) RETURNS keyvault.credit_balances
+    LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
-BEGIN ATOMIC
+AS $$
+DECLARE
+    balance keyvault.credit_balances;
+BEGIN
     UPDATE keyvault.credit_balances b
        SET extra_credits = CASE WHEN b.monthly_credits IS NULL THEN b.extra_credits
                                 ELSE greatest(b.extra_credits - greatest(b.credits_used - b.monthly_credits, 0), 0) END,
@@ -88,25 +93,32 @@ BEGIN ATOMIC
            period_start = keyvault._period_bound(b.period_anchor, keyvault._period_number(b.period_anchor, now())),
            period_end = keyvault._period_bound(b.period_anchor, keyvault._period_number(b.period_anchor, now()) + 1)
       FROM keyvault.users u JOIN keyvault.plans p ON p.plan = u.plan
-     WHERE b.user_id = $1 AND u.user_id = b.user_id AND b.period_end <= now();
-END;
+     WHERE b.user_id = $1 AND u.user_id = b.user_id
+    RETURNING b.* INTO STRICT balance;
+    RETURN balance;
+END $$;
 COMMENT ON FUNCTION keyvault._roll_period(text) IS
-    'Begins the period that contains now() for a user whose period has ended: usage starts at zero, extra credits spent beyond the plan are taken off, the plan''s monthly credits are renewed.';
+    'Begins the period that contains now() and returns the balance: usage starts at zero, extra credits spent beyond the plan are taken off, the plan''s monthly credits are renewed. The caller holds the balance''s row lock, and its period has ended.';
 
-CREATE FUNCTION keyvault._sweep_holds(user_id text) RETURNS void
-    LANGUAGE sql
+CREATE FUNCTION keyvault._sweep_holds(user_id text) RETURNS keyvault.credit_balances
+    LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
-BEGIN ATOMIC
+AS $$
+DECLARE
+    balance keyvault.credit_balances;
+BEGIN
     WITH expired AS (
         DELETE FROM keyvault.credit_holds h
          WHERE h.user_id = $1 AND h.expires_at <= now()
         RETURNING h.amount)
     UPDATE keyvault.credit_balances b
-       SET credits_held = greatest(b.credits_held - e.amount, 0)
-      FROM (SELECT sum(expired.amount) AS amount FROM expired) e
-     WHERE b.user_id = $1 AND e.amount > 0;
-END;
-COMMENT ON FUNCTION keyvault._sweep_holds(text) IS 'Takes a user''s expired holds off the balance. The caller holds the balance''s row lock.';
+       SET credits_held = greatest(b.credits_held - (SELECT coalesce(sum(e.amount), 0) FROM expired e), 0)
+     WHERE b.user_id = $1 AND b.slot = 0
+    RETURNING b.* INTO STRICT balance;
+    RETURN balance;
+END $$;
+COMMENT ON FUNCTION keyvault._sweep_holds(text) IS
+    'Takes a user''s expired holds off the balance, and returns it. The caller holds the balance''s row lock.';
 
 CREATE FUNCTION keyvault._credits_left(balance keyvault.credit_balances) RETURNS numeric
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
@@ -131,8 +143,6 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION keyvault._refuse_credits(keyvault.credit_balances, numeric) IS 'Raises KV001 with what was asked for, what is left and when credits are renewed.';
 
--- The two ways to take credits, apart from the debit's fast path in C, share this: the
--- row is locked, the period is current and no expired hold counts.
 CREATE FUNCTION keyvault._lock_balance(user_id text, may_create boolean) RETURNS keyvault.credit_balances
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
@@ -143,30 +153,39 @@ BEGIN
     SELECT * INTO balance FROM keyvault.credit_balances b WHERE b.user_id = $1 AND b.slot = 0 FOR NO KEY UPDATE;
     IF NOT FOUND THEN
         PERFORM keyvault._ensure_user($1, may_create);
-    ELSE
-        IF balance.period_end <= now() THEN
-            PERFORM keyvault._roll_period($1);
-        END IF;
-        IF balance.credits_held > 0 THEN
-            PERFORM keyvault._sweep_holds($1);
-        END IF;
+        SELECT * INTO STRICT balance FROM keyvault.credit_balances b WHERE b.user_id = $1 AND b.slot = 0 FOR NO KEY UPDATE;
     END IF;
-    SELECT * INTO STRICT balance FROM keyvault.credit_balances b WHERE b.user_id = $1 AND b.slot = 0 FOR NO KEY UPDATE;
+    IF balance.period_end <= now() THEN
+        balance := keyvault._roll_period($1);
+    END IF;
     RETURN balance;
 END $$;
 COMMENT ON FUNCTION keyvault._lock_balance(text, boolean) IS
-    'Locks a user''s balance, after making the user where allowed, beginning a due period and sweeping expired holds; returns the row. Error: 22023.';
+    'Locks a user''s balance, after making the user where allowed, begins a due period, and returns the row. Error: 22023.';
 
-CREATE FUNCTION keyvault._debit_slow(user_id text, amount numeric, may_create boolean) RETURNS void
+CREATE FUNCTION keyvault._require_credits(user_id text, amount numeric, may_create boolean) RETURNS void
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     balance keyvault.credit_balances := keyvault._lock_balance($1, may_create);
 BEGIN
+    IF keyvault._credits_left(balance) < amount AND balance.credits_held > 0 THEN
+        balance := keyvault._sweep_holds($1);
+    END IF;
     IF keyvault._credits_left(balance) < amount THEN
         PERFORM keyvault._refuse_credits(balance, amount);
     END IF;
+END $$;
+COMMENT ON FUNCTION keyvault._require_credits(text, numeric, boolean) IS
+    'Locks a user''s balance and sees that amount is left, with no expired hold in the way. Errors: KV001, 22023.';
+
+CREATE FUNCTION keyvault._debit_slow(user_id text, amount numeric, may_create boolean) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    PERFORM keyvault._require_credits($1, amount, may_create);
     UPDATE keyvault.credit_balances b SET credits_used = b.credits_used + amount
      WHERE b.user_id = $1 AND b.slot = 0;
 END $$;
@@ -179,12 +198,9 @@ CREATE FUNCTION keyvault._hold_credits(user_id text, amount numeric, expires_at 
 AS $$
 #variable_conflict use_variable
 DECLARE
-    balance keyvault.credit_balances := keyvault._lock_balance($1, may_create);
     hold uuid := keyvault.uuidv7();
 BEGIN
-    IF keyvault._credits_left(balance) < amount THEN
-        PERFORM keyvault._refuse_credits(balance, amount);
-    END IF;
+    PERFORM keyvault._require_credits($1, amount, may_create);
     UPDATE keyvault.credit_balances b SET credits_held = b.credits_held + amount
      WHERE b.user_id = $1 AND b.slot = 0;
     INSERT INTO keyvault.credit_holds (user_id, id, amount, expires_at) VALUES ($1, hold, amount, expires_at);

@@ -178,18 +178,21 @@ COMMENT ON FUNCTION keyvault._unknown_provider() IS
     'Raises 22023 with the providers that are known; what was asked for is not quoted, as it may be a key in the wrong place.';
 
 CREATE FUNCTION keyvault._price_usd(provider text, model text, at timestamptz, input_tokens bigint, cached_tokens bigint, output_tokens bigint) RETURNS numeric
-    LANGUAGE sql STABLE
+    LANGUAGE plpgsql STABLE
     SET search_path = pg_catalog, pg_temp
-BEGIN ATOMIC
-    SELECT round(((input_tokens - cached_tokens) * p.input_usd_per_mtok
-                  + cached_tokens * coalesce(p.cached_input_usd_per_mtok, p.input_usd_per_mtok)
-                  + output_tokens * p.output_usd_per_mtok) / 1000000, 9)
-      FROM keyvault.model_prices p
-     WHERE p.provider = $1
-       AND p.model IN ($2, regexp_replace($2, '-([0-9]{8}|[0-9]{4}-[0-9]{2}-[0-9]{2}|latest)$', ''))
-       AND p.valid_from <= at
-     ORDER BY p.model = $2 DESC, p.valid_from DESC
+AS $$
+#variable_conflict use_column
+DECLARE
+    family text := regexp_replace($2, '-([0-9]{8}|[0-9]{4}-[0-9]{2}-[0-9]{2}|latest)$', '');
+    p keyvault.model_prices;
+BEGIN
+    SELECT * INTO p FROM keyvault.model_prices m
+     WHERE m.provider = $1 AND m.model IN ($2, family) AND m.valid_from <= at
+     ORDER BY m.model = $2 DESC, m.valid_from DESC
      LIMIT 1;
-END;
+    RETURN round(((input_tokens - cached_tokens) * p.input_usd_per_mtok
+                  + cached_tokens * coalesce(p.cached_input_usd_per_mtok, p.input_usd_per_mtok)
+                  + output_tokens * p.output_usd_per_mtok) / 1000000, 9);
+END $$;
 COMMENT ON FUNCTION keyvault._price_usd(text, text, timestamptz, bigint, bigint, bigint) IS
     'What a call cost in USD by model_prices, NULL for a model without a price. A dated or "latest" name of a model counts as the model; cached_tokens are part of input_tokens.';

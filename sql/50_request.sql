@@ -253,21 +253,28 @@ COMMENT ON FUNCTION keyvault._enqueue_request(text, uuid, text, jsonb, text, tex
     'request, after its caller was checked. Errors: 22023, KV001, KV003, KV007.';
 
 CREATE FUNCTION keyvault._credits_owed(plan text, payer text, cost_usd numeric) RETURNS numeric
-    LANGUAGE sql STABLE
+    LANGUAGE plpgsql STABLE
     SET search_path = pg_catalog, pg_temp
-BEGIN ATOMIC
-    SELECT least(round(cost_usd * p.credits_per_usd * CASE payer WHEN 'user' THEN p.own_key_rate ELSE 1 END, 6), 999999999999)
-      FROM keyvault.plans p WHERE p.plan = $1;
-END;
+AS $$
+#variable_conflict use_column
+DECLARE
+    p keyvault.plans;
+BEGIN
+    SELECT * INTO STRICT p FROM keyvault.plans WHERE plan = $1;
+    RETURN least(round(cost_usd * p.credits_per_usd * CASE payer WHEN 'user' THEN p.own_key_rate ELSE 1 END, 6), 999999999999);
+END $$;
 COMMENT ON FUNCTION keyvault._credits_owed(text, text, numeric) IS 'What a cost in USD is in credits on a plan, by whose key was used.';
 
 CREATE FUNCTION keyvault._claim_requests(capacity integer, per_user integer, after_user text)
     RETURNS TABLE (user_id text, id uuid, attempt integer, provider text, dialect text, base_url text, path text,
                    auth_header text, auth_scheme text, headers jsonb, allowed_host text, body text, timeout_ms integer,
                    payer text, api_key_id uuid, call_key bytea)
-    LANGUAGE sql
+    LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
-BEGIN ATOMIC
+AS $$
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY
     WITH RECURSIVE waiting AS (
         (SELECT r.user_id FROM keyvault.requests r
           WHERE r.status = 'queued' AND r.next_attempt_at <= clock_timestamp()
@@ -300,7 +307,7 @@ BEGIN ATOMIC
      WHERE r.user_id = c.user_id AND r.id = c.id
     RETURNING r.user_id, r.id, r.attempts, r.provider, p.dialect, p.base_url, r.path, p.auth_header, p.auth_scheme,
               p.headers, p.allowed_host, r.body::text, r.timeout_ms, r.payer, r.api_key_id, r.call_key;
-END;
+END $$;
 COMMENT ON FUNCTION keyvault._claim_requests(integer, integer, text) IS
     'Marks up to capacity due requests as sent and returns what sending them takes: a share for each waiting user after after_user, oldest first, never more than per_user under way for one.';
 
@@ -317,6 +324,7 @@ DECLARE
     cost numeric := 0;
     owed numeric := 0;
     charged numeric := 0;
+    held numeric;
 BEGIN
     UPDATE keyvault.requests SET status = $4, finished_at = clock_timestamp(), error = $7, call_key = NULL
      WHERE user_id = $1 AND id = $2 AND status = 'sent' AND attempts = $3
@@ -336,8 +344,15 @@ BEGIN
         IF $4 = 'unknown' THEN
             -- The provider may have charged for it: the credits stay set aside for a day.
             UPDATE keyvault.credit_holds SET expires_at = now() + interval '1 day' WHERE user_id = $1 AND id = r.hold_id;
-        ELSIF keyvault._release_hold($1, r.hold_id) THEN
-            balance := keyvault._lock_balance($1, false);
+        ELSE
+            DELETE FROM keyvault.credit_holds WHERE user_id = $1 AND id = r.hold_id RETURNING amount INTO held;
+            IF FOUND THEN
+                UPDATE keyvault.credit_balances SET credits_held = greatest(credits_held - held, 0)
+                 WHERE user_id = $1 AND slot = 0 RETURNING * INTO balance;
+            END IF;
+        END IF;
+        IF keyvault._credits_left(balance) < owed AND balance.credits_held > 0 THEN
+            balance := keyvault._sweep_holds($1);
         END IF;
         charged := least(owed, coalesce(greatest(keyvault._credits_left(balance), 0), owed));
     END IF;

@@ -37,7 +37,8 @@ sub new_node
 	my ($name, %option) = @_;
 	my $node = PostgreSQL::Test::Cluster->new($name);
 	$node->init(%{ $option{init} // {} });
-	$node->append_conf('postgresql.conf', "shared_preload_libraries = 'keyvault'\n");
+	# No test waits for ever for a lock.
+	$node->append_conf('postgresql.conf', "shared_preload_libraries = 'keyvault'\nstatement_timeout = '90s'\n");
 	my $key = $option{master_key} // new_master_key();
 	$node->append_conf('postgresql.conf', "keyvault.master_key_file = '$key'\n") if $key;
 	$node->append_conf('postgresql.conf', $option{conf}) if $option{conf};

@@ -62,7 +62,7 @@ sub commit_wakes
 	my $session = $node->background_psql('postgres');
 	$session->query_safe('BEGIN');
 	my $open = $session->query_safe("SELECT keyvault.request('openai', " . chat('not yet committed') . ", user_id => 'commit')");
-	ends_as($node, queue_request($node, 'commit', 'a committed one'), 'done', 'a committed request is sent');
+	ends_as($node, queue_request($node, 'other', 'a committed one'), 'done', 'a committed request is sent');
 	is(mock_received($port, 'not yet committed'), 0, 'one of an open transaction is not');
 	$session->query_safe('COMMIT');
 	ends_as($node, $open, 'done', 'COMMIT wakes the worker');
