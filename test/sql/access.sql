@@ -1,4 +1,7 @@
 -- What each access gives, and what none gives.
+SET client_min_messages = warning;
+CREATE EXTENSION IF NOT EXISTS keyvault CASCADE;
+RESET client_min_messages;
 \set VERBOSITY terse
 CREATE ROLE regress_kv_app; CREATE ROLE regress_kv_user; CREATE ROLE regress_kv_analyst; CREATE ROLE regress_kv_admin; CREATE ROLE regress_kv_none;
 SELECT keyvault.grant_access('regress_kv_app', 'app'), keyvault.grant_access('regress_kv_user', 'user'),

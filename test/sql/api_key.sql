@@ -1,4 +1,7 @@
 -- Users' provider keys: stored sealed, opened for their owner only.
+SET client_min_messages = warning;
+CREATE EXTENSION IF NOT EXISTS keyvault CASCADE;
+RESET client_min_messages;
 \set VERBOSITY terse
 SELECT keyvault.store_api_key('openai', 'sk-regress-aaaaaaaaaaaaaaaa', user_id => 'key_a') IS NOT NULL AS stored;
 SELECT keyvault.store_api_key('gemini', 'AIza-regress-aaaaaaaaaaaaaa', user_id => 'key_a') IS NOT NULL AS stored;
@@ -67,7 +70,7 @@ COMMIT;
 
 -- The platform's own keys belong to nobody whom one could act as.
 SELECT keyvault.store_platform_key('anthropic', 'sk-ant-regress-platform') IS NOT NULL AS stored;
-SELECT user_id, provider, source FROM keyvault.api_keys WHERE source = 'platform';
+SELECT user_id, provider, source FROM keyvault.api_keys WHERE source = 'platform' AND provider = 'anthropic';
 SELECT keyvault.user_api_keys('');
 
 -- A record opens only where it was sealed: not for another user, provider, row or vault, nor altered.

@@ -1,4 +1,7 @@
 -- The debit: exact, and impossible to get round.
+SET client_min_messages = warning;
+CREATE EXTENSION IF NOT EXISTS keyvault CASCADE;
+RESET client_min_messages;
 \set VERBOSITY terse
 CREATE ROLE regress_kv_app;
 SELECT keyvault.grant_access('regress_kv_app', 'app');

@@ -1,5 +1,8 @@
 -- What the extension brings, and the rules that every member keeps.
+SET client_min_messages = warning;
+DROP EXTENSION IF EXISTS keyvault;
 CREATE EXTENSION keyvault CASCADE;
+RESET client_min_messages;
 
 -- Tables and views.
 SELECT c.relname, c.relkind FROM pg_class c JOIN pg_depend d ON d.objid = c.oid AND d.deptype = 'e'

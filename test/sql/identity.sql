@@ -1,4 +1,7 @@
 -- Who a transaction acts as, and what no role can do about it.
+SET client_min_messages = warning;
+CREATE EXTENSION IF NOT EXISTS keyvault CASCADE;
+RESET client_min_messages;
 \set VERBOSITY terse
 CREATE ROLE regress_kv_app;
 CREATE ROLE regress_kv_user;

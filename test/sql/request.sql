@@ -1,4 +1,7 @@
 -- The queue's own rules, with no worker to send anything.
+SET client_min_messages = warning;
+CREATE EXTENSION IF NOT EXISTS keyvault CASCADE;
+RESET client_min_messages;
 \set VERBOSITY terse
 CREATE ROLE regress_kv_user;
 SELECT keyvault.grant_access('regress_kv_user', 'user');
