@@ -12,10 +12,11 @@ die() {
 	exit 1
 }
 
-# Run a command as the user that PostgreSQL runs as: it refuses to run as root.
+# Run a command as the user that PostgreSQL runs as, as it refuses to run as root; in a
+# folder that this user can enter, which the clone need not be.
 as_postgres() {
 	if [ "$(id -u)" = 0 ]; then
-		runuser -u postgres -- "$@"
+		(cd / && runuser -u postgres -- "$@")
 	else
 		"$@"
 	fi
@@ -60,7 +61,7 @@ make_cluster() {
 	[ "$(id -u)" = 0 ] && chown postgres "$directory"
 	as_postgres "$PG_BIN/initdb" -D "$directory/data" -U postgres -A trust -E UTF8 --locale=C.UTF-8 > "$directory/initdb.log" ||
 		die "initdb failed: see $directory/initdb.log"
-	as_postgres bash -c '. "$1"; make_master_key "$2"' - "${BASH_SOURCE[0]}" "$directory/master.key"
+	as_postgres bash -c "$(declare -f make_master_key); make_master_key \"\$1\"" - "$directory/master.key"
 	as_postgres tee -a "$directory/data/postgresql.conf" > /dev/null <<-CONF
 		listen_addresses = ''
 		unix_socket_directories = '$directory'

@@ -7,6 +7,9 @@
 #define KV_PG_VERSION_H
 
 #include "storage/proc.h"
+#if PG_VERSION_NUM >= 160000
+#include "varatt.h"
+#endif
 
 #if PG_VERSION_NUM < 150000
 #error "keyvault needs PostgreSQL 15 or later"

@@ -18,6 +18,7 @@
 #include "base/error.h"
 #include "base/index_scan.h"
 #include "base/owner_spi.h"
+#include "base/pg_version.h"
 #include "base/settings.h"
 #include "catalog/pg_type.h"
 #include "commands/trigger.h"

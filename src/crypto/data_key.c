@@ -15,6 +15,7 @@
 #include "base/error.h"
 #include "base/index_scan.h"
 #include "base/owner_spi.h"
+#include "base/pg_version.h"
 #include "base/secret.h"
 #include "base/uuid.h"
 #include "catalog/pg_type.h"

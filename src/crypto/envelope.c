@@ -15,6 +15,7 @@
 
 #include "crypto/envelope.h"
 
+#include "base/pg_version.h"
 #include "base/secret.h"
 #include "crypto/associated_data.h"
 #include "crypto/master_key.h"

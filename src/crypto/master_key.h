@@ -27,6 +27,6 @@ typedef struct KvMasterKey
 } KvMasterKey;
 
 extern const KvMasterKey *kv_master_key_get(void);
-extern void kv_master_key_mismatch(const uint8 *expected_kek_id) pg_attribute_noreturn();
+extern void kv_master_key_mismatch(const uint8 *expected_kek_id);
 
 #endif

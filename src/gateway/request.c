@@ -12,6 +12,7 @@
 #include "access/xact.h"
 #include "base/error.h"
 #include "base/owner_spi.h"
+#include "base/pg_version.h"
 #include "base/redaction.h"
 #include "base/secret.h"
 #include "base/settings.h"

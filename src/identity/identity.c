@@ -12,6 +12,7 @@
 #include "identity/identity.h"
 
 #include "base/error.h"
+#include "base/pg_version.h"
 #include "base/settings.h"
 #include "catalog/namespace.h"
 #include "catalog/pg_parameter_acl.h"

@@ -13,6 +13,7 @@
 #include "base/error.h"
 #include "base/index_scan.h"
 #include "base/owner_spi.h"
+#include "base/pg_version.h"
 #include "base/redaction.h"
 #include "base/secret.h"
 #include "base/uuid.h"

@@ -12,6 +12,7 @@
 
 #include "vault/call_key.h"
 
+#include "base/pg_version.h"
 #include "base/secret.h"
 #include "crypto/aead.h"
 #include "crypto/associated_data.h"

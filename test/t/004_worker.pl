@@ -94,7 +94,7 @@ sub leaves_when_idle
 	my ($code, $out, $err) = run_pgbench($node, [ '-t', '50' ], [ 1, <<'SCRIPT' ]);
 \set pause random(40, 60)
 SELECT keyvault.request('openai', '{"model": "gpt-5-mini", "max_completion_tokens": 10}', user_id => 'idle') AS id \gset
-SELECT 1 / (status IN ('done', 'failed'))::integer AS answered FROM keyvault.wait_response(:'id', '20 s') \gset
+SELECT 1 / (status IN ('done', 'failed'))::integer AS answered FROM keyvault.wait_response(':id', '20 s') \gset
 \sleep :pause ms
 SCRIPT
 	is($code, 0, 'no wake-up is lost while the worker leaves') or diag($err);
@@ -184,8 +184,10 @@ sub lets_the_extension_go
 	ends_as($node, queue_request($node, 'again', 'hello', database => 'emptied'), 'done',
 		'also when the answer of the earlier call has come', 'emptied');
 	is($node->safe_psql('emptied', "SELECT count(*) FROM keyvault.responses WHERE user_id = 'emptied'"), '0', 'which belongs to nobody');
+	set_config($node, 'keyvault.worker_idle_timeout', '500ms');
 	$node->safe_psql('emptied', 'DROP EXTENSION keyvault');
 	ok(wait_until(sub { worker_pid($node, 'emptied') eq '' }), 'a worker leaves a database without the extension');
+	set_config($node, 'keyvault.worker_idle_timeout', undef);
 	sql('DROP DATABASE emptied');
 	return;
 }
