@@ -81,6 +81,7 @@ DROP EXTENSION keyvault;
 SELECT count(*) FROM pg_namespace WHERE nspname = 'keyvault';
 
 -- A schema that somebody prepared is not taken over.
+\set VERBOSITY terse
 CREATE SCHEMA keyvault;
 CREATE FUNCTION keyvault.trap() RETURNS int LANGUAGE sql AS 'SELECT 1';
 CREATE EXTENSION keyvault;
