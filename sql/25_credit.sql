@@ -20,7 +20,7 @@ COMMENT ON COLUMN keyvault.credit_balances.slot IS 'Part of the balance; one par
 COMMENT ON COLUMN keyvault.credit_balances.monthly_credits IS 'The plan''s credits for this period; NULL is unlimited.';
 COMMENT ON COLUMN keyvault.credit_balances.extra_credits IS 'Credits beyond the plan: spent after the monthly ones, kept at a reset.';
 COMMENT ON COLUMN keyvault.credit_balances.credits_used IS 'Credits debited since period_start.';
-COMMENT ON COLUMN keyvault.credit_balances.credits_held IS 'Sum of credit_holds, expired ones included until the next refusal or settlement sweeps them.';
+COMMENT ON COLUMN keyvault.credit_balances.credits_held IS 'Sum of credit_holds, expired ones included until credits run short, which sweeps them.';
 COMMENT ON COLUMN keyvault.credit_balances.period_anchor IS 'Period n begins at period_anchor + n months, in UTC.';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.credit_balances', '');
 

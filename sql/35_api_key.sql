@@ -80,7 +80,7 @@ CREATE FUNCTION keyvault.store_api_key(provider text, key text, name text = 'def
     LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'keyvault_store_api_key';
 COMMENT ON FUNCTION keyvault.store_api_key(text, text, text, text, timestamptz) IS
-    'Encrypts and keeps a user''s key for a provider, replacing the one of the same name; returns its id. Pass the key as a bind parameter. Errors: KV004 no master key, KV009 malformed key, 22023 unknown provider, 42501 not allowed to act for user_id.';
+    'Encrypts and keeps a user''s key for a provider, replacing the one of the same name; returns its id. Pass the key as a bind parameter. Errors: KV004 no master key, KV005 the user''s data key cannot be opened, KV009 malformed key, 22004 and 22023 bad argument, 40001 retry, 42501 not allowed to act for user_id.';
 
 CREATE FUNCTION keyvault.store_platform_key(provider text, key text, name text = 'default') RETURNS uuid
     LANGUAGE c VOLATILE PARALLEL UNSAFE
@@ -92,7 +92,7 @@ CREATE FUNCTION keyvault.user_api_keys(user_id text = NULL) RETURNS jsonb
     LANGUAGE c STABLE PARALLEL SAFE
     AS 'MODULE_PATHNAME', 'keyvault_user_api_keys';
 COMMENT ON FUNCTION keyvault.user_api_keys(text) IS
-    'The user''s keys named ''default'' as {"provider": "key"}, {} when there is none; NULL is the acting user. Expired keys are left out; one that cannot be opened is left out with a warning KV005. Errors: KV004, 42501.';
+    'The user''s keys named ''default'' as {"provider": "key"}, {} when there is none; NULL is the acting user. Expired keys are left out; one that cannot be opened is left out with a warning KV005. Errors: KV004, KV005 the user''s data key cannot be opened, 42501.';
 
 CREATE FUNCTION keyvault.user_api_key(provider text, user_id text = NULL, name text = 'default') RETURNS text
     LANGUAGE c STABLE PARALLEL SAFE

@@ -212,7 +212,7 @@ BEGIN
     SELECT * INTO STRICT u FROM keyvault.users WHERE user_id = $1;
     IF u.status <> 'active' THEN
         RAISE EXCEPTION 'user "%" is %', $1, u.status
-            USING ERRCODE = 'KV007', HINT = 'An administrator lifts a suspension.';
+            USING ERRCODE = 'KV007', HINT = 'A superuser changes keyvault.users.status.';
     END IF;
 
     IF $8 IS NOT NULL THEN
@@ -221,7 +221,8 @@ BEGIN
         SELECT * INTO key FROM keyvault._choose_key($1, $3, $9, $7);
     END IF;
     IF key.payer = 'platform' AND p.platform_paths <> '{}'
-       AND NOT EXISTS (SELECT FROM unnest(p.platform_paths) allowed WHERE the_path = replace(allowed, '{model}', coalesce(the_model, '')))
+       AND NOT EXISTS (SELECT FROM unnest(p.platform_paths) allowed 
+                       WHERE the_path ~ ('^' || replace(replace(allowed, '.', '[.]'), '{model}', '[A-Za-z0-9._-]+') || '$'))
     THEN
         RAISE EXCEPTION 'path is not open to calls with the platform''s key'
             USING ERRCODE = 'insufficient_privilege',
@@ -250,7 +251,7 @@ BEGIN
     RETURN earlier;
 END $$;
 COMMENT ON FUNCTION keyvault._enqueue_request(text, uuid, text, jsonb, text, text, text, bytea, text, text, integer, jsonb, boolean) IS
-    'request, after its caller was checked. Errors: 22023, KV001, KV003, KV007.';
+    'request, after its caller was checked. Errors: 22023, 40001, 42501, KV001, KV003, KV007.';
 
 CREATE FUNCTION keyvault._credits_owed(plan text, payer text, cost_usd numeric) RETURNS numeric
     LANGUAGE plpgsql STABLE
@@ -417,7 +418,7 @@ CREATE FUNCTION keyvault.request(
     LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'keyvault_request';
 COMMENT ON FUNCTION keyvault.request(text, jsonb, text, text, text, text, text, text, text, interval, jsonb) IS
-    'Queues a call to a provider and returns its id; the worker sends it when the transaction commits. payer: auto uses the user''s own key if there is one, else the platform''s; api_key is a key for this call alone. The same idempotency_key returns the same request. Errors: KV001 credit limit, KV003 no key, KV007 suspended, KV009 malformed api_key, 22023 bad argument, 42501.';
+    'Queues a call to a provider and returns its id; the worker sends it when the transaction commits. payer: auto uses the user''s own key if there is one, else the platform''s; api_key is a key for this call alone. The same idempotency_key returns the same request. Errors: KV001 credit limit, KV003 no key, KV007 suspended, KV009 malformed api_key, 22004 and 22023 bad argument, 54000 body too large, 40001 the idempotency key is in use, 42501.';
 
 CREATE FUNCTION keyvault.response(request_id uuid) RETURNS SETOF keyvault.responses
     LANGUAGE c VOLATILE PARALLEL UNSAFE STRICT ROWS 1

@@ -63,7 +63,7 @@ BEGIN
     END LOOP;
 END $$;
 COMMENT ON FUNCTION keyvault.grant_access(regrole, text) IS
-    'Gives a role an access: app (trusted application, acts for any user), user (acts as the user it proved to be), analyst (everyone''s usage, no keys), admin (plans, prices, providers, users, platform keys, metadata of keys; never plaintext). A superuser calls it. Errors: 22023, 42501.';
+    'Gives a role an access: app (trusted application, acts for any user), user (acts as the user it proved to be), analyst (everyone''s usage, no keys), admin (plans, prices, users, platform keys, what a provider costs and accepts, metadata of keys; never plaintext). A superuser calls it. Errors: 22023, 42501.';
 
 CREATE FUNCTION keyvault.revoke_access(role regrole, access text) RETURNS void
     LANGUAGE plpgsql

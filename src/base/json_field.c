@@ -9,6 +9,7 @@
 #include "base/json_field.h"
 
 #include "fmgr.h"
+#include "lib/stringinfo.h"
 #include "mb/pg_wchar.h"
 #include "utils/builtins.h"
 #include "utils/fmgrprotos.h"
@@ -48,7 +49,10 @@ jsonb_or_null(char *text)
 	{
 		int			category = ERRCODE_TO_CATEGORY(geterrcode());
 
-		if (category != ERRCODE_DATA_EXCEPTION && category != ERRCODE_PROGRAM_LIMIT_EXCEEDED)
+		if (category != ERRCODE_TO_CATEGORY(ERRCODE_DATA_EXCEPTION) &&
+			category != ERRCODE_TO_CATEGORY(ERRCODE_PROGRAM_LIMIT_EXCEEDED) &&
+			category != ERRCODE_TO_CATEGORY(ERRCODE_UNTRANSLATABLE_CHARACTER) &&
+			geterrcode() != ERRCODE_FEATURE_NOT_SUPPORTED)
 			PG_RE_THROW();
 		MemoryContextSwitchTo(context);
 		FlushErrorState();
@@ -59,24 +63,40 @@ jsonb_or_null(char *text)
 #endif
 }
 
+/* Append text in UTF-8 with every character beyond ASCII as a JSON escape. */
+static void
+append_escaped(StringInfo out, const char *text, Size length)
+{
+	for (const unsigned char *p = (const unsigned char *) text, *end = p + length; p < end; p += pg_utf_mblen(p))
+	{
+		pg_wchar	c = *p < 0x80 ? *p : utf8_to_unicode(p);
+
+		if (c < 0x80)
+			appendStringInfoChar(out, (char) c);
+		else if (c < 0x10000)
+			appendStringInfo(out, "\\u%04x", (unsigned int) c);
+		else
+			appendStringInfo(out, "\\u%04x\\u%04x", (unsigned int) (0xd800 + ((c - 0x10000) >> 10)),
+							 (unsigned int) (0xdc00 + ((c - 0x10000) & 0x3ff)));
+	}
+}
+
 /* Parse text of the given length, in UTF-8; NULL when it is not JSON that the database can hold. */
 Jsonb *
 kv_json_parse(const char *text, Size length)
 {
-	char	   *copy;
+	StringInfoData copy;
 
 	if (memchr(text, '\0', length) != NULL ||
 		!pg_verify_mbstr(PG_UTF8, text, (int) length, true))
 		return NULL;
-	copy = pnstrdup(text, length);
-	if (GetDatabaseEncoding() != PG_UTF8)
-	{
-		/* Escapes stand for what the database's encoding may lack; raw bytes must be ASCII. */
-		for (Size i = 0; i < length; i++)
-			if (IS_HIGHBIT_SET(copy[i]))
-				return NULL;
-	}
-	return jsonb_or_null(copy);
+	initStringInfo(&copy);
+	/* In another encoding the parser turns escapes into its characters, or refuses them. */
+	if (GetDatabaseEncoding() == PG_UTF8)
+		appendBinaryStringInfo(&copy, text, (int) length);
+	else
+		append_escaped(&copy, text, length);
+	return jsonb_or_null(copy.data);
 }
 
 /* The value at a path of keys with dots between them; false when there is none. */

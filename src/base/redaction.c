@@ -40,6 +40,9 @@ static const SensitiveWord sensitive_words[] = {
 	{"request", true}, {"call", true},
 };
 
+/* What makes "api_key" the name of a column or a view. */
+static const char *const harmless_after_word[] = {"_id", "_status"};
+
 /* Words behind EXECUTE that make it something else than running a prepared statement. */
 static const char *const harmless_after_execute[] = {"on", "function", "procedure"};
 
@@ -137,6 +140,19 @@ executes_prepared(const char *p)
 }
 
 static bool
+is_sensitive_word(const char *p, const SensitiveWord *sensitive)
+{
+	const char *end = p + strlen(sensitive->word);
+
+	if (!begins_with(p, sensitive->word))
+		return false;
+	for (int i = 0; i < lengthof(harmless_after_word); i++)
+		if (begins_with(end, harmless_after_word[i]))
+			return false;
+	return !sensitive->is_call || *skip_space(end) == '(';
+}
+
+static bool
 names_a_secret(const char *text)
 {
 	if (text == NULL)
@@ -146,13 +162,8 @@ names_a_secret(const char *text)
 		if (p > text && is_word_byte(p[-1]) && p[0] != '_' && p[-1] != '_')
 			continue;			/* within a word */
 		for (int i = 0; i < lengthof(sensitive_words); i++)
-		{
-			const SensitiveWord *sensitive = &sensitive_words[i];
-
-			if (begins_with(p, sensitive->word) &&
-				(!sensitive->is_call || *skip_space(p + strlen(sensitive->word)) == '('))
+			if (is_sensitive_word(p, &sensitive_words[i]))
 				return true;
-		}
 		if (executes_prepared(p))
 			return true;
 	}
@@ -247,10 +258,20 @@ is_authored(const ErrorData *edata)
 static bool
 names_no_value(int sqlerrcode)
 {
-	return sqlerrcode == ERRCODE_UNDEFINED_FUNCTION || sqlerrcode == ERRCODE_INSUFFICIENT_PRIVILEGE ||
-		sqlerrcode == ERRCODE_LOCK_NOT_AVAILABLE || sqlerrcode == ERRCODE_QUERY_CANCELED ||
-		ERRCODE_TO_CATEGORY(sqlerrcode) == ERRCODE_TRANSACTION_ROLLBACK;
+	static const int harmless[] = {
+		ERRCODE_UNDEFINED_FUNCTION, ERRCODE_UNDEFINED_TABLE, ERRCODE_UNDEFINED_SCHEMA, ERRCODE_DUPLICATE_TABLE,
+		ERRCODE_INSUFFICIENT_PRIVILEGE, ERRCODE_READ_ONLY_SQL_TRANSACTION, ERRCODE_DIVISION_BY_ZERO,
+		ERRCODE_LOCK_NOT_AVAILABLE, ERRCODE_QUERY_CANCELED,
+	};
+
+	for (int i = 0; i < lengthof(harmless); i++)
+		if (sqlerrcode == harmless[i])
+			return true;
+	return ERRCODE_TO_CATEGORY(sqlerrcode) == ERRCODE_TO_CATEGORY(ERRCODE_TRANSACTION_ROLLBACK);
 }
+
+/* Fewer bytes than this, without a quote among them, are a duration and no statement. */
+#define DURATION_LINE_MAX 40
 
 /* A line that prints the statement: keep what stands before the statement's text. */
 static void
@@ -265,12 +286,13 @@ withhold_statement(char *message)
 		strlcpy(start, query, sizeof(start));
 		found = strstr(message, start);
 	}
-	withhold_from(found ? found : message);
+	if (found != NULL || strlen(message) > DURATION_LINE_MAX || strpbrk(message, "'\"$(") != NULL)
+		withhold_from(found ? found : message);
 }
 
 /*
- * Withhold what a sensitive statement's event may quote. An error's message can be replaced
- * by a constant: it is never freed by itself.
+ * Withhold what a sensitive statement's event may quote. An error's message and hint can be
+ * replaced by constants: they are never freed by themselves.
  */
 static void
 withhold(ErrorData *edata)
@@ -290,7 +312,7 @@ withhold(ErrorData *edata)
 		if (!names_no_value(edata->sqlerrcode))
 		{
 			edata->message = "message withheld by keyvault: it may quote a secret of the statement";
-			edata->hint = NULL;
+			edata->hint = "The SQLSTATE and the position tell what is wrong; with keyvault.redact_logs off the message is shown, and logged.";
 		}
 	}
 	else if (edata->message)

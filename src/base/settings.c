@@ -76,7 +76,7 @@ define_master_key_settings(void)
 							 NULL, &kv_allow_master_key_in_data_directory, false, PGC_SIGHUP, 0,
 							 NULL, NULL, NULL);
 	DefineCustomIntVariable("keyvault.record_key_cache_size",
-							"Keys of records that each process keeps at hand, 115 bytes each; 0 for none.",
+							"Keys of records that each process keeps at hand, 113 bytes each; fewer than 4 for none.",
 							NULL, &kv_record_key_cache_size, 16384, 0, 1048576, PGC_POSTMASTER, 0, NULL, NULL, NULL);
 }
 

@@ -191,6 +191,7 @@ keyvault_launcher_main(Datum arg)
 		{
 			ConfigReloadPending = false;
 			ProcessConfigFile(PGC_SIGHUP);
+			scan_databases();	/* keyvault.databases may name more */
 		}
 		if (kv_worker_take_scan_request())
 			scan_databases();

@@ -73,7 +73,7 @@ interval_ms(FunctionCallInfo fcinfo, int argument, int limit)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("timeout must be between 1 ms and %d ms", limit),
-				 errhint("keyvault.request_timeout is the longest time that a call may take.")));
+				 errhint("The longest time that a call may take is keyvault.request_timeout.")));
 	return (int) ms;
 }
 

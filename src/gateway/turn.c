@@ -213,7 +213,7 @@ settle_and_claim(KvWorker *worker, List *calls, int capacity)
 	MemoryContextSwitchTo(worker->turn_context);
 	if (capacity > 0)
 		claimed = kv_claim_requests(capacity, kv_max_concurrent_requests / RESERVE_SHARE,
-								kv_max_concurrent_requests_per_user, worker->after_user);
+									kv_max_concurrent_requests_per_user, worker->after_user);
 	/* With no place left, the next call that ends gives cause to look. */
 	if (list_length(claimed) < capacity)
 		worker->next_retry = kv_claim_next_retry();

@@ -131,6 +131,47 @@ wait_for_work(KvWorker *worker)
 	ResetLatch(MyLatch);
 }
 
+/* Is this database one of keyvault.databases? */
+static bool
+database_is_served(void)
+{
+	char	   *list = pstrdup(kv_databases);
+	List	   *names = NIL;
+	ListCell   *cell;
+	char	   *mine;
+
+	if (kv_databases[0] == '\0')
+		return true;
+	if (!SplitIdentifierString(list, ',', &names))
+	{
+		ereport(WARNING,
+				(errmsg("keyvault.databases is not a list of names"),
+				 errhint("Write names with commas between them, and no database is served until then.")));
+		return false;
+	}
+	mine = get_database_name(MyDatabaseId);
+	foreach(cell, names)
+		if (strcmp(lfirst(cell), mine) == 0)
+			return true;
+	return false;
+}
+
+/* Leave a database without the extension, or one that keyvault.databases leaves out. */
+static void
+leave_if_not_served(void)
+{
+	bool		served;
+
+	StartTransactionCommand();
+	served = OidIsValid(get_extension_oid("keyvault", true)) && database_is_served();
+	CommitTransactionCommand();
+	if (served)
+		return;
+	while (!kv_worker_detach_unless_woken(kv_worker_wakeups()))
+		;
+	proc_exit(0);
+}
+
 static void
 serve_interrupts(KvWorker *worker)
 {
@@ -139,6 +180,7 @@ serve_interrupts(KvWorker *worker)
 	{
 		ConfigReloadPending = false;
 		ProcessConfigFile(PGC_SIGHUP);
+		leave_if_not_served();
 		kv_transfer_pool_configure(worker->pool, kv_per_host_connections, kv_max_concurrent_requests);
 		worker->look = true;
 	}
@@ -169,37 +211,10 @@ turn_is_due(KvWorker *worker)
 	return worker->look || worker->next_retry <= now || next_settlement(worker) <= now;
 }
 
-/* Is this database one of keyvault.databases? */
-static bool
-database_is_served(void)
-{
-	char	   *list = pstrdup(kv_databases);
-	List	   *names = NIL;
-	ListCell   *cell;
-	char	   *mine;
-
-	if (kv_databases[0] == '\0')
-		return true;
-	if (!SplitIdentifierString(list, ',', &names))
-	{
-		ereport(WARNING,
-				(errmsg("keyvault.databases is not a list of names"),
-				 errhint("Write names with commas between them, and no database is served until then.")));
-		return false;
-	}
-	mine = get_database_name(MyDatabaseId);
-	foreach(cell, names)
-		if (strcmp(lfirst(cell), mine) == 0)
-			return true;
-	return false;
-}
-
 /* Connect, and leave again where there is nothing to do. */
 static void
 start_up(KvWorker *worker, Oid database)
 {
-	bool		served;
-
 	pqsignal(SIGHUP, SignalHandlerForConfigReload);
 	pqsignal(SIGTERM, die);
 	pqsignal(SIGINT, SIG_IGN);	/* there is no statement to cancel */
@@ -207,11 +222,7 @@ start_up(KvWorker *worker, Oid database)
 	BackgroundWorkerInitializeConnectionByOid(database, InvalidOid, 0);
 	if (!kv_worker_attach(database))
 		proc_exit(0);
-	StartTransactionCommand();
-	served = OidIsValid(get_extension_oid("keyvault", true)) && database_is_served();
-	CommitTransactionCommand();
-	if (!served && kv_worker_detach_unless_woken(kv_worker_wakeups()))
-		proc_exit(0);
+	leave_if_not_served();
 
 	worker->context = AllocSetContextCreate(TopMemoryContext, "keyvault worker", ALLOCSET_DEFAULT_SIZES);
 	worker->turn_context = AllocSetContextCreate(worker->context, "keyvault worker turn", ALLOCSET_DEFAULT_SIZES);
