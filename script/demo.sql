@@ -62,13 +62,13 @@ ROLLBACK;
 
 -- ════ 4. A chat call with A's own key: the worker makes it, no credits are used ═════
 SELECT keyvault.request(:'provider', :'body', model => :'model', user_id => 'user_clerk_tester_a') AS request_a \gset
-SELECT status, payer, body #>> :'answer' AS answer, input_tokens, output_tokens, cost_usd, credits
+SELECT status, payer, coalesce(body #>> :'answer', error) AS answer, input_tokens, output_tokens, cost_usd, credits
   FROM keyvault.wait_response(:'request_a', '60 s');
 
 -- ════ 5. B brings no key for it: the platform's key is used, and costs credits ══════
 SELECT keyvault.store_platform_key(:'provider', :'platform_key');
 SELECT keyvault.request(:'provider', :'body', model => :'model', user_id => 'user_clerk_tester_b') AS request_b \gset
-SELECT status, payer, body #>> :'answer' AS answer, input_tokens, output_tokens, cost_usd, credits
+SELECT status, payer, coalesce(body #>> :'answer', error) AS answer, input_tokens, output_tokens, cost_usd, credits
   FROM keyvault.wait_response(:'request_b', '60 s');
 
 -- ════ 6. The meter: an INSERT debits in the same transaction ════════════════════════

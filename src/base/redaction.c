@@ -335,6 +335,13 @@ withhold_other_process(ErrorData *edata)
 		edata->detail = NULL;
 }
 
+/* debug_print_parse and its like spell literals as byte numbers, before any function has run. */
+static bool
+prints_a_tree(const ErrorData *edata)
+{
+	return edata->elevel == LOG && edata->detail != NULL && strstr(edata->detail, ":constvalue ") != NULL;
+}
+
 static void
 redact(ErrorData *edata)
 {
@@ -342,7 +349,7 @@ redact(ErrorData *edata)
 		edata->message, edata->detail, edata->detail_log, edata->hint,
 		edata->context, edata->internalquery,
 	};
-	bool		sensitive = names_a_secret(debug_query_string) ||
+	bool		sensitive = names_a_secret(debug_query_string) || prints_a_tree(edata) ||
 		(marked_statement != 0 && marked_statement == GetCurrentStatementStartTimestamp());
 
 	for (int i = 0; i < lengthof(fields); i++)
