@@ -175,6 +175,8 @@ leave_if_not_served(void)
 static void
 serve_interrupts(KvWorker *worker)
 {
+	/* lock_timeout needs the signal of pg_cancel_backend; between turns there is nothing to cancel. */
+	QueryCancelPending = false;
 	CHECK_FOR_INTERRUPTS();
 	if (ConfigReloadPending)
 	{
@@ -217,7 +219,6 @@ start_up(KvWorker *worker, Oid database)
 {
 	pqsignal(SIGHUP, SignalHandlerForConfigReload);
 	pqsignal(SIGTERM, die);
-	pqsignal(SIGINT, SIG_IGN);	/* there is no statement to cancel */
 	BackgroundWorkerUnblockSignals();
 	BackgroundWorkerInitializeConnectionByOid(database, InvalidOid, 0);
 	if (!kv_worker_attach(database))
