@@ -288,7 +288,12 @@ BEGIN
                AND r.user_id > w.user_id
              ORDER BY r.user_id LIMIT 1) n)
     ), turn AS MATERIALIZED (
-        SELECT w.user_id FROM waiting w LIMIT capacity
+        -- users who have no room do not take the turn of others
+        SELECT w.user_id,
+               per_user - (SELECT count(*) FROM keyvault.requests s WHERE s.user_id = w.user_id AND s.status = 'sent') AS room
+          FROM waiting w
+         WHERE (SELECT count(*) FROM keyvault.requests s WHERE s.user_id = w.user_id AND s.status = 'sent') < per_user
+         LIMIT capacity
     ), claimed AS MATERIALIZED (
         SELECT c.user_id, c.id, c.provider
           FROM turn t, LATERAL (
@@ -296,9 +301,7 @@ BEGIN
              WHERE r.user_id = t.user_id AND r.status = 'queued'
                AND r.next_attempt_at <= clock_timestamp()
              ORDER BY r.id
-             LIMIT least(greatest(capacity / (SELECT count(*) FROM turn), 1),
-                         greatest(per_user - (SELECT count(*) FROM keyvault.requests s
-                                               WHERE s.user_id = t.user_id AND s.status = 'sent'), 0))
+             LIMIT least(greatest(capacity / (SELECT count(*) FROM turn), 1), t.room)
                FOR UPDATE SKIP LOCKED) c
          LIMIT capacity
     )

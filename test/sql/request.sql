@@ -154,6 +154,10 @@ SELECT count(keyvault.request('openai', :chat, user_id => 'rq_turn_' || u)) FROM
 SELECT user_id, count(*) FROM keyvault._claim_requests(6, 100, '') GROUP BY 1 ORDER BY 1;
 SELECT user_id, count(*) FROM keyvault._claim_requests(100, 4, '') GROUP BY 1 ORDER BY 1;
 SELECT user_id, count(*) FROM keyvault._claim_requests(1, 100, 'rq_turn_1') GROUP BY 1;
+-- a user who has no room does not take another's turn
+SELECT user_id, count(*) FROM keyvault._claim_requests(1, 1, '') GROUP BY 1;
+SELECT keyvault.request('openai', :chat, user_id => 'rq_turn_last') IS NOT NULL AS queued;
+SELECT user_id, count(*) FROM keyvault._claim_requests(1, 1, '') GROUP BY 1;
 SELECT bool_and(keyvault._retry_request(user_id, id, 1, 60000, 'busy')) FROM keyvault.requests WHERE user_id = 'rq_turn_3' AND status = 'sent';
 SELECT user_id, count(*) FROM keyvault._claim_requests(100, 100, 'rq_turn_2') GROUP BY 1;
 
