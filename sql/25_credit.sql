@@ -63,16 +63,27 @@ END;
 COMMENT ON FUNCTION keyvault._period_number(timestamptz, timestamptz) IS
     'The number of the period that contains at; 0 begins at the anchor.';
 
+CREATE FUNCTION keyvault._wake_worker() RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE
+    AS 'MODULE_PATHNAME', 'keyvault_wake_worker';
+COMMENT ON FUNCTION keyvault._wake_worker() IS
+    'Has this database''s worker look at its queue, and make the partitions it finds missing, when the transaction commits.';
+
 CREATE FUNCTION keyvault._create_balance(user_id text) RETURNS void
-    LANGUAGE sql
+    LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
-BEGIN ATOMIC
+AS $$
+#variable_conflict use_column
+BEGIN
     INSERT INTO keyvault.credit_balances (user_id, monthly_credits, period_anchor, period_start, period_end)
     SELECT u.user_id, p.monthly_credits, a.anchor, a.anchor, keyvault._period_bound(a.anchor, 1)
       FROM keyvault.users u JOIN keyvault.plans p ON p.plan = u.plan, date_trunc('day', now(), 'UTC') a(anchor)
      WHERE u.user_id = $1
     ON CONFLICT DO NOTHING;
-END;
+    IF FOUND THEN
+        PERFORM keyvault._wake_worker();
+    END IF;
+END $$;
 COMMENT ON FUNCTION keyvault._create_balance(text) IS
     'Gives a user a balance where there is none: the plan''s credits, in periods that begin at midnight UTC today.';
 

@@ -480,10 +480,3 @@ SELECT r.user_id, r.id, r.provider, r.model, r.payer, r.status, r.attempts,
   FROM keyvault.requests r;
 COMMENT ON VIEW keyvault.request_status IS
     'The acting user''s requests: queued, sent, done, failed, unknown or canceled, with attempts, timings and payer.';
-
-CREATE FUNCTION keyvault._wake_worker() RETURNS void
-    LANGUAGE c VOLATILE PARALLEL UNSAFE
-    AS 'MODULE_PATHNAME', 'keyvault_wake_worker';
-COMMENT ON FUNCTION keyvault._wake_worker() IS
-    'Has this database''s worker look at its queue, and make the partitions it finds missing, when the transaction commits.';
-SELECT keyvault._wake_worker();

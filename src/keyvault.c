@@ -9,6 +9,7 @@
 #include "base/redaction.h"
 #include "base/settings.h"
 #include "credit/debit.h"
+#include "credit/partition_restore.h"
 #include "crypto/record_key_cache.h"
 #include "fmgr.h"
 #include "gateway/database_drop.h"
@@ -37,6 +38,7 @@ static const KvModule modules[] = {
 	{"record key cache", kv_record_key_cache_init, kv_record_key_cache_shmem_size, kv_record_key_cache_shmem_init},
 	{"call keys", NULL, kv_call_key_shmem_size, kv_call_key_shmem_init},
 	{"debit", kv_debit_init},
+	{"partition restore", kv_partition_restore_init},
 	{"worker slots", kv_worker_slot_init, kv_worker_slot_shmem_size, kv_worker_slot_shmem_init},
 	{"database drop", kv_database_drop_init},
 	{"launcher", kv_launcher_init},

@@ -56,22 +56,30 @@ collect_ended(KvWorker *worker)
 	}
 }
 
-/* Make the partitions that are missing; when a lock is in the way, another time. */
+/*
+ * Make the partitions that are missing; when a lock is in the way, another time. Not before
+ * there is a user: until then a restore may be about to bring partitions of its own.
+ */
 static void
 maintain(KvWorker *worker)
 {
-	static KvStatement partitions = {"SELECT keyvault._make_usage_partitions()", 0};
+	static KvStatement partitions = {
+		"SELECT CASE WHEN EXISTS (SELECT FROM keyvault.users) THEN keyvault._make_usage_partitions() END", 0
+	};
 	KvOwnerScope scope;
 	char	   *message;
+	bool		nobody;
 
 	worker->maintained = GetCurrentTimestamp();
 	PG_TRY();
 	{
 		kv_turn_begin("making partitions");
 		kv_owner_begin(&scope);
-		kv_statement_execute(&partitions, NULL, NULL);
+		(void) kv_statement_value(&partitions, NULL, NULL, &nobody);
 		kv_owner_end(&scope);
 		kv_turn_end();
+		if (nobody)
+			worker->maintained = 0;
 	}
 	PG_CATCH();
 	{
