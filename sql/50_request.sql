@@ -221,7 +221,7 @@ BEGIN
         SELECT * INTO key FROM keyvault._choose_key($1, $3, $9, $7);
     END IF;
     IF key.payer = 'platform' AND p.platform_paths <> '{}'
-       AND NOT EXISTS (SELECT FROM unnest(p.platform_paths) allowed 
+       AND NOT EXISTS (SELECT FROM unnest(p.platform_paths) allowed
                        WHERE the_path ~ ('^' || replace(replace(allowed, '.', '[.]'), '{model}', '[A-Za-z0-9._-]+') || '$'))
     THEN
         RAISE EXCEPTION 'path is not open to calls with the platform''s key'
