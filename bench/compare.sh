@@ -1,8 +1,8 @@
 # Interleaved pgbench runs, sourced by the benchmarks.
-# Settings: KV_BENCH_ROUNDS (default 9), KV_BENCH_SECONDS a run (default 2).
+# Settings: KV_BENCH_ROUNDS (default 7), KV_BENCH_SECONDS a run (default 5: each run begins with cold caches).
 
 tps() {
-	pgbench -n -M prepared -T "${KV_BENCH_SECONDS:-2}" "$@" | sed -n 's/^tps = \([0-9.]*\).*/\1/p'
+	pgbench -n -M prepared -T "${KV_BENCH_SECONDS:-5}" "$@" | sed -n 's/^tps = \([0-9.]*\).*/\1/p'
 }
 
 # compare TITLE BASELINE.sql SCRIPT.sql [PGBENCH-OPTION ...]
@@ -12,7 +12,7 @@ compare() {
 	shift 3
 	tps "$@" -f "$baseline" > /dev/null
 	tps "$@" -f "$script" > /dev/null
-	for ((round = 0; round < ${KV_BENCH_ROUNDS:-9}; round++)); do
+	for ((round = 0; round < ${KV_BENCH_ROUNDS:-7}; round++)); do
 		echo "$(tps "$@" -f "$baseline") $(tps "$@" -f "$script")"
 	done | awk -v title="$title" '
 		{ ratio[NR] = $2 / $1; base += $1; ours += $2 }

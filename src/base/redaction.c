@@ -191,33 +191,37 @@ is_inside_word(const char *text, const char *p)
 	return !(p - text >= 2 && p[-2] == '\\') && !(p - text >= 3 && p[-3] == '%');
 }
 
-/* Overwrite what follows a provider's key prefix, wherever it stands. */
-static void
-scrub_key_shapes(char *text)
+/* The next text of a known key's shape, from p on: what follows its prefix. NULL when there is none. */
+static const char *
+find_key_shape(const char *text, const char *p, Size *length)
 {
-	if (text == NULL)
-		return;
-	for (char *p = text; *p; p++)
+	for (; *p; p++)
 	{
 		if (is_inside_word(text, p))
 			continue;
 		for (int i = 0; i < lengthof(key_prefixes); i++)
 		{
-			Size		prefix = strlen(key_prefixes[i]);
-			Size		length = 0;
+			const char *key = p + strlen(key_prefixes[i]);
 
-			if (strncmp(p, key_prefixes[i], prefix) != 0)
+			if (strncmp(p, key_prefixes[i], key - p) != 0)
 				continue;
-			while (isalnum((unsigned char) p[prefix + length]) || p[prefix + length] == '-' || p[prefix + length] == '_')
-				length++;
-			if (length >= KEY_SHAPE_MIN)
-			{
-				memset(p + prefix, KV_REDACTED_BYTE, length);
-				p += prefix + length - 1;
-				break;
-			}
+			for (*length = 0; isalnum((unsigned char) key[*length]) || key[*length] == '-' || key[*length] == '_';)
+				(*length)++;
+			if (*length >= KEY_SHAPE_MIN)
+				return key;
 		}
 	}
+	return NULL;
+}
+
+/* Overwrite what follows a provider's key prefix, wherever it stands. */
+static void
+scrub_key_shapes(char *text)
+{
+	Size		length;
+
+	for (const char *key = text; (key = find_key_shape(text, key, &length)) != NULL; key += length)
+		memset(text + (key - text), KV_REDACTED_BYTE, length);
 }
 
 /* Overwrite every occurrence of a secret in text; returns how many there were. */
@@ -291,8 +295,8 @@ withhold_statement(char *message)
 }
 
 /*
- * Withhold what a sensitive statement's event may quote. An error's message and hint can be
- * replaced by constants: they are never freed by themselves.
+ * Withhold what a sensitive statement's event may quote. The message and hint of an ERROR can
+ * be replaced by constants, as they are never freed by themselves; those of other levels are.
  */
 static void
 withhold(ErrorData *edata)
@@ -307,19 +311,19 @@ withhold(ErrorData *edata)
 	if (authored)
 		return;
 	edata->detail = NULL;
-	if (edata->elevel >= ERROR)
+	if (edata->elevel >= ERROR && names_no_value(edata->sqlerrcode))
+		return;
+	if (edata->elevel == ERROR)
 	{
-		if (!names_no_value(edata->sqlerrcode))
-		{
-			edata->message = "message withheld by keyvault: it may quote a secret of the statement";
-			edata->hint = "The SQLSTATE and the position tell what is wrong; with keyvault.redact_logs off the message is shown, and logged.";
-		}
+		edata->message = "message withheld by keyvault: it may quote a secret of the statement";
+		edata->hint = "The SQLSTATE and the position tell what is wrong; with keyvault.redact_logs off the message is shown, and logged.";
+		return;
 	}
+	edata->hint = NULL;
+	if (edata->elevel > ERROR)
+		withhold_from(edata->message);
 	else if (edata->message)
-	{
 		withhold_statement(edata->message);
-		edata->hint = NULL;
-	}
 }
 
 /*
@@ -349,12 +353,15 @@ redact(ErrorData *edata)
 		edata->message, edata->detail, edata->detail_log, edata->hint,
 		edata->context, edata->internalquery,
 	};
+	Size		length;
 	bool		sensitive = names_a_secret(debug_query_string) || prints_a_tree(edata) ||
 		(marked_statement != 0 && marked_statement == GetCurrentStatementStartTimestamp());
 
 	for (int i = 0; i < lengthof(fields); i++)
 		if (fields[i])
 			scrub_key_shapes(fields[i]);
+	if (debug_query_string && find_key_shape(debug_query_string, debug_query_string, &length))
+		edata->hide_stmt = true;
 	withhold_other_process(edata);
 	if (sensitive || (!is_authored(edata) &&
 					  (names_a_secret(edata->message) || names_a_secret(edata->detail) ||

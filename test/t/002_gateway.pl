@@ -206,6 +206,8 @@ is(state_of($node, 'CALL keyvault.call(' . "'openai', " . chat('[[mock: delay=20
 # Two-phase commit wakes the worker, too.
 $node->append_conf('postgresql.conf', 'max_prepared_transactions = 5');
 $node->restart;
+# The worker has looked at the queue already.
+is(answer('openai', chat('hello'))->{status}, 'done', 'the worker runs');
 $node->safe_psql('postgres', "BEGIN; SELECT keyvault.request('openai', " . chat('prepared') . ", user_id => 'tap'); PREPARE TRANSACTION 'tap'");
 $node->safe_psql('postgres', "COMMIT PREPARED 'tap'");
 ok(wait_until(sub { $node->safe_psql('postgres', q(SELECT count(*) FROM keyvault.requests WHERE body::text LIKE '%prepared%' AND status = 'done')) eq '1' }),

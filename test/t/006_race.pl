@@ -34,10 +34,10 @@ SELECT b.credits_used::float8 || ' used, ' || count(u.id) || ' rows'
 SQL
 }
 
-# The last credit is spent once: 16 clients want 1600 of 1000, and each is refused in the end.
+# The last credit is spent once: each of 16 clients wants more than there is, and so is refused in the end.
 {
 	sql("SELECT keyvault.upsert_user('limited')");
-	my ($code, $out, $err) = run_pgbench($node, [ '-c', '16', '-j', '2', '-t', '100' ],
+	my ($code, $out, $err) = run_pgbench($node, [ '-c', '16', '-j', '2', '-t', '1001' ],
 		[ 1, "INSERT INTO keyvault.usage_records (user_id, type, credits) VALUES ('limited', 'race', 1);\n" ]);
 	is(() = $err =~ /credit limit reached for user "limited"/g, 16, 'each of 16 clients is refused in the end');
 	unlike($err, qr/ERROR:  (?!credit limit reached)/, 'for no other reason');
