@@ -59,6 +59,7 @@ sub transactions
 
 sub commit_wakes
 {
+	sql("SELECT keyvault.upsert_user('commit')");
 	my $session = $node->background_psql('postgres');
 	$session->query_safe('BEGIN');
 	my $open = $session->query_safe("SELECT keyvault.request('openai', " . chat('not yet committed') . ", user_id => 'commit')");
@@ -90,12 +91,12 @@ sub leaves_when_idle
 	}
 
 	# Requests just when it leaves: each must find it, or its successor.
-	set_config($node, 'keyvault.worker_idle_timeout', '50ms');
-	my ($code, $out, $err) = run_pgbench($node, [ '-t', '50' ], [ 1, <<'SCRIPT' ]);
-\set pause random(40, 60)
+	set_config($node, 'keyvault.worker_idle_timeout', '1ms');
+	my ($code, $out, $err) = run_pgbench($node, [ '-t', '200' ], [ 1, <<'SCRIPT' ]);
+\set pause random(0, 2500)
 SELECT keyvault.request('openai', '{"model": "gpt-5-mini", "max_completion_tokens": 10}', user_id => 'idle') AS id \gset
 SELECT 1 / (status IN ('done', 'failed'))::integer AS answered FROM keyvault.wait_response(':id', '20 s') \gset
-\sleep :pause ms
+\sleep :pause us
 SCRIPT
 	is($code, 0, 'no wake-up is lost while the worker leaves') or diag($err);
 	set_config($node, 'keyvault.worker_idle_timeout', undef);
@@ -183,10 +184,10 @@ sub lets_the_extension_go
 	ends_as($node, queue_request($node, 'again', 'hello', database => 'emptied'), 'done',
 		'also when the answer of the earlier call has come', 'emptied');
 	is($node->safe_psql('emptied', "SELECT count(*) FROM keyvault.responses WHERE user_id = 'emptied'"), '0', 'which belongs to nobody');
-	set_config($node, 'keyvault.worker_idle_timeout', '500ms');
+	send_gated('emptied again', 'emptied_again', database => 'emptied');
 	$node->safe_psql('emptied', 'DROP EXTENSION keyvault');
-	ok(wait_until(sub { worker_pid($node, 'emptied') eq '' }), 'a worker leaves a database without the extension');
-	set_config($node, 'keyvault.worker_idle_timeout', undef);
+	mock_open($port, 'emptied_again');
+	ok(wait_until(sub { worker_pid($node, 'emptied') eq '' }), 'an answer without an extension to go to makes the worker leave');
 	sql('DROP DATABASE emptied');
 	return;
 }
@@ -358,6 +359,19 @@ sub locked_balances_wait
 	return;
 }
 
+sub late_answers_change_nothing
+{
+	my $id = send_gated('late', 'late');
+	is(sql("SELECT keyvault._abandon_request('late', '$id', 1, 'given up')"), 't', 'a call is given up');
+	mock_open($port, 'late');
+	ends_as($node, queue_request($node, 'in_time', 'hello'), 'done', 'another is done');
+	ok(wait_until(sub { mock_get($port, '/__stats') =~ /"in_flight":0/ }), 'the late answer has come');
+	ends_as($node, queue_request($node, 'in_time', 'hello'), 'done', 'and was taken');
+	is(request_status($node, $id), 'unknown', 'it changes nothing');
+	accounts_are_sound('late', 'after the late answer');
+	return;
+}
+
 sub deleted_keys_fail
 {
 	sql("SELECT keyvault.store_api_key('openai', 'sk-tap-deleted-while-queued', user_id => 'deleted')");
@@ -429,6 +443,7 @@ stops_and_starts();
 survives_a_crash();
 survives_an_immediate_stop();
 locked_balances_wait();
+late_answers_change_nothing();
 deleted_keys_fail();
 one_user_is_capped();
 greedy_users_share();
