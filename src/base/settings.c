@@ -18,6 +18,13 @@
 char	   *kv_user_id = NULL;
 char	   *kv_master_key_file = NULL;
 bool		kv_allow_master_key_in_data_directory = false;
+char	   *kv_master_key_command = NULL;
+int			kv_master_key_timeout = 10000;
+char	   *kv_vault_address = NULL;
+char	   *kv_vault_token_file = NULL;
+char	   *kv_vault_transit_key = NULL;
+char	   *kv_vault_ca_file = NULL;
+char	   *kv_vault_namespace = NULL;
 int			kv_record_key_cache_size = 16384;
 bool		kv_create_users = true;
 bool		kv_redact_logs = true;
@@ -71,6 +78,13 @@ define_master_key_settings(void)
 							   "The file that holds the master key: 64 hexadecimal digits, readable by the server's user alone.",
 							   NULL, &kv_master_key_file, "", PGC_SIGHUP, GUC_SUPERUSER_ONLY,
 							   NULL, NULL, NULL);
+	DefineCustomStringVariable("keyvault.master_key_command",
+							   "The program, and its arguments, that prints the master key.",
+							   "An absolute path, then arguments, separated by white space; no shell reads them.",
+							   &kv_master_key_command, "", PGC_SIGHUP, GUC_SUPERUSER_ONLY, NULL, NULL, NULL);
+	DefineCustomIntVariable("keyvault.master_key_timeout",
+							"How long the master key's command, or the Vault server, may take.",
+							NULL, &kv_master_key_timeout, 10000, 1, 600000, PGC_SIGHUP, GUC_UNIT_MS, NULL, NULL, NULL);
 	DefineCustomBoolVariable("keyvault.allow_master_key_in_data_directory",
 							 "Accepts a master key file inside the data directory, where base backups carry it along.",
 							 NULL, &kv_allow_master_key_in_data_directory, false, PGC_SIGHUP, 0,
@@ -78,6 +92,29 @@ define_master_key_settings(void)
 	DefineCustomIntVariable("keyvault.record_key_cache_size",
 							"Keys of records that each process keeps at hand, 113 bytes each; fewer than 4 for none.",
 							NULL, &kv_record_key_cache_size, 16384, 0, 1048576, PGC_POSTMASTER, 0, NULL, NULL, NULL);
+}
+
+/* HashiCorp Vault or OpenBao: for a master key wrapped by Transit, and for references to its secrets. */
+static void
+define_vault_settings(void)
+{
+	DefineCustomStringVariable("keyvault.vault_address",
+							   "URL of the HashiCorp Vault or OpenBao server, such as https://vault.example.com:8200.",
+							   "Plain http is for a loopback address only.",
+							   &kv_vault_address, "", PGC_SIGHUP, GUC_SUPERUSER_ONLY, NULL, NULL, NULL);
+	DefineCustomStringVariable("keyvault.vault_token_file",
+							   "The file that holds the token for the Vault server, readable by the server's user alone.",
+							   NULL, &kv_vault_token_file, "", PGC_SIGHUP, GUC_SUPERUSER_ONLY, NULL, NULL, NULL);
+	DefineCustomStringVariable("keyvault.vault_transit_key",
+							   "The Transit key that keyvault.master_key_file is wrapped by, as mount/name.",
+							   "Empty when the file holds master keys in the clear.",
+							   &kv_vault_transit_key, "", PGC_SIGHUP, GUC_SUPERUSER_ONLY, NULL, NULL, NULL);
+	DefineCustomStringVariable("keyvault.vault_ca_file",
+							   "The certificates that the Vault server's is checked with; empty for the system's.",
+							   NULL, &kv_vault_ca_file, "", PGC_SIGHUP, GUC_SUPERUSER_ONLY, NULL, NULL, NULL);
+	DefineCustomStringVariable("keyvault.vault_namespace",
+							   "The namespace within the Vault server; empty for none.",
+							   NULL, &kv_vault_namespace, "", PGC_SIGHUP, GUC_SUPERUSER_ONLY, NULL, NULL, NULL);
 }
 
 static void
@@ -121,6 +158,7 @@ kv_settings_init(void)
 {
 	define_identity_settings();
 	define_master_key_settings();
+	define_vault_settings();
 	define_worker_settings();
 	MarkGUCPrefixReserved("keyvault");
 }

@@ -14,6 +14,13 @@
 extern char *kv_user_id;
 extern char *kv_master_key_file;
 extern bool kv_allow_master_key_in_data_directory;
+extern char *kv_master_key_command;
+extern int	kv_master_key_timeout;
+extern char *kv_vault_address;
+extern char *kv_vault_token_file;
+extern char *kv_vault_transit_key;
+extern char *kv_vault_ca_file;
+extern char *kv_vault_namespace;
 extern int	kv_record_key_cache_size;
 extern bool kv_create_users;
 extern bool kv_redact_logs;
