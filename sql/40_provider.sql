@@ -10,7 +10,7 @@ CREATE TABLE keyvault.providers (
     auth_scheme  text CHECK (auth_scheme ~ '^[A-Za-z0-9-]{1,32}$'),
     headers      jsonb NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(headers) = 'object' AND NOT jsonb_path_exists(headers,
                  '$.keyvalue() ? (@.value.type() != "string" || !(@.value like_regex "^[ -~]*$") || !(@.key like_regex "^[A-Za-z0-9-]+$"))')),
-    env_variable text CHECK (env_variable ~ '^[A-Z][A-Z0-9_]{0,62}$'),
+    env_var      text CHECK (env_var ~ '^[A-Z][A-Z0-9_]{0,62}$'),
     key_pattern  text,
     test_path    text CHECK (test_path ~ '^/[!-~]*$'),
     allowed_host text,
@@ -25,7 +25,7 @@ COMMENT ON COLUMN keyvault.providers.platform_paths IS
 COMMENT ON COLUMN keyvault.providers.auth_header IS 'The header that carries the key.';
 COMMENT ON COLUMN keyvault.providers.auth_scheme IS 'The word before the key in that header, such as Bearer; NULL for the bare key.';
 COMMENT ON COLUMN keyvault.providers.headers IS 'Further headers of every request, {"name": "value"}.';
-COMMENT ON COLUMN keyvault.providers.env_variable IS 'The environment variable the provider''s own SDK reads its key from.';
+COMMENT ON COLUMN keyvault.providers.env_var IS 'The environment variable the provider''s own SDK reads its key from.';
 COMMENT ON COLUMN keyvault.providers.key_pattern IS 'A regular expression that a key must match, besides 8 to 512 printable ASCII characters.';
 COMMENT ON COLUMN keyvault.providers.test_path IS 'A path whose GET answers 200 to a good key and costs nothing.';
 COMMENT ON COLUMN keyvault.providers.allowed_host IS
@@ -34,7 +34,7 @@ COMMENT ON COLUMN keyvault.providers.usd_per_request IS 'Cost of a call for whic
 
 -- key_pattern refuses only what is recognisably another provider's key: no vendor promises a shape for its own.
 INSERT INTO keyvault.providers
-    (provider, base_url, dialect, default_path, platform_paths, auth_header, auth_scheme, headers, env_variable, key_pattern, test_path, seeded)
+    (provider, base_url, dialect, default_path, platform_paths, auth_header, auth_scheme, headers, env_var, key_pattern, test_path, seeded)
 VALUES
     ('openai', 'https://api.openai.com', 'openai', '/v1/chat/completions', '{/v1/chat/completions,/v1/responses,/v1/embeddings}', 'Authorization', 'Bearer', '{}',
      'OPENAI_API_KEY', '^(?!sk-ant-|AIza|xai-|gsk_)', '/v1/models', true),

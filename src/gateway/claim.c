@@ -23,8 +23,8 @@
 #include "utils/memutils.h"
 #include "utils/resowner.h"
 #include "utils/timestamp.h"
-#include "vault/api_key.h"
 #include "vault/call_key.h"
+#include "vault/key_lookup.h"
 
 /* Columns of keyvault._claim_requests. */
 enum
@@ -67,7 +67,7 @@ open_key(KvCall *call, HeapTuple row)
 
 	if (!isnull)
 	{
-		key = kv_api_key_open(own ? call->user_id : KV_PLATFORM_USER, DatumGetUUIDP(key_id));
+		key = kv_key_lookup_by_id(own ? call->user_id : KV_PLATFORM_USER, DatumGetUUIDP(key_id));
 		if (key == NULL)
 			ereport(ERROR,
 					(errcode(ERRCODE_KV_NO_API_KEY),

@@ -10,6 +10,7 @@
 #include "access/detoast.h"
 #include "access/htup_details.h"
 #include "access/xact.h"
+#include "base/argument.h"
 #include "base/error.h"
 #include "base/owner_spi.h"
 #include "base/pg_version.h"
@@ -64,9 +65,7 @@ interval_ms(FunctionCallInfo fcinfo, int argument, int limit)
 	Interval   *interval;
 	double		ms;
 
-	if (PG_ARGISNULL(argument))
-		ereport(ERROR,
-				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("timeout must not be null")));
+	kv_argument_require(fcinfo, argument, "timeout");
 	interval = PG_GETARG_INTERVAL_P(argument);
 	ms = interval->time / 1000.0 + (interval->day + interval->month * (double) DAYS_PER_MONTH) * SECS_PER_DAY * 1000.0;
 	if (ms < 1 || ms > limit)
@@ -75,14 +74,6 @@ interval_ms(FunctionCallInfo fcinfo, int argument, int limit)
 				 errmsg("timeout must be between 1 ms and %d ms", limit),
 				 errhint("The longest time that a call may take is keyvault.request_timeout.")));
 	return (int) ms;
-}
-
-static void
-require_argument(FunctionCallInfo fcinfo, int argument, const char *name)
-{
-	if (PG_ARGISNULL(argument))
-		ereport(ERROR,
-				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("%s must not be null", name)));
 }
 
 /* Error 54000 when a body is larger than keyvault.max_request_size. */
@@ -132,11 +123,11 @@ enqueue(FunctionCallInfo fcinfo, const ArgumentOrder *order, char **user_id)
 
 	if (!PG_ARGISNULL(order->api_key))
 		kv_redaction_mark_statement();
-	require_argument(fcinfo, order->provider, "provider");
-	require_argument(fcinfo, order->body, "body");
+	kv_argument_require(fcinfo, order->provider, "provider");
+	kv_argument_require(fcinfo, order->body, "body");
 	require_body_size(PG_GETARG_DATUM(order->body));
-	require_argument(fcinfo, order->payer, "payer");
-	require_argument(fcinfo, order->key_name, "key_name");
+	kv_argument_require(fcinfo, order->payer, "payer");
+	kv_argument_require(fcinfo, order->key_name, "key_name");
 	*user_id = kv_identity_resolve(fcinfo, order->user_id);
 	for (int i = 0; i < lengthof(copied); i++)
 		if (copied[i] >= 0)

@@ -1,15 +1,15 @@
 /*-------------------------------------------------------------------------
  * api_key.c
- *		Users' provider keys: stored sealed, opened for their owner.
+ *		Keeps users' provider keys: checked, sealed, stored, deleted.
  *
- * A key is sealed before a tuple with it exists. Lookups are pure reads: they work on a
- * standby and in a READ ONLY transaction.
+ * A key is sealed before a tuple with it exists.
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
 
 #include "vault/api_key.h"
 
+#include "base/argument.h"
 #include "base/error.h"
 #include "base/index_scan.h"
 #include "base/owner_spi.h"
@@ -20,17 +20,13 @@
 #include "catalog/pg_type.h"
 #include "crypto/envelope.h"
 #include "fmgr.h"
-#include "miscadmin.h"
 #include "identity/identity.h"
 #include "mb/pg_wchar.h"
 #include "utils/builtins.h"
-#include "utils/jsonb.h"
 #include "utils/timestamp.h"
 
 PG_FUNCTION_INFO_V1(keyvault_store_api_key);
 PG_FUNCTION_INFO_V1(keyvault_store_platform_key);
-PG_FUNCTION_INFO_V1(keyvault_user_api_keys);
-PG_FUNCTION_INFO_V1(keyvault_user_api_key);
 PG_FUNCTION_INFO_V1(keyvault_delete_api_key);
 
 #define KEY_LENGTH_MIN	8
@@ -39,23 +35,6 @@ PG_FUNCTION_INFO_V1(keyvault_delete_api_key);
 
 /* A hint shows the ends of keys at least this long; of a shorter one it would show too much. */
 #define HINT_LENGTH_MIN	20
-
-static const char purpose[] = "api_key";
-
-/* Columns of keyvault.api_keys that lookups read. */
-enum
-{
-	API_KEYS_USER_ID = 1,
-	API_KEYS_ID,
-	API_KEYS_PROVIDER,
-	API_KEYS_NAME,
-	API_KEYS_CIPHERTEXT,
-	API_KEYS_HINT,
-	API_KEYS_FINGERPRINT,
-	API_KEYS_SOURCE,
-	API_KEYS_STATUS,
-	API_KEYS_EXPIRES_AT,
-};
 
 static void
 raise_malformed(const char *provider, const char *what)
@@ -80,8 +59,8 @@ raise_unknown_provider(void)
 }
 
 /* Error 22023 unless the provider is known. */
-static void
-require_provider(const char *provider)
+void
+kv_api_key_require_provider(const char *provider)
 {
 	KvIndexScan scan;
 	Datum		key = CStringGetTextDatum(provider);
@@ -120,7 +99,7 @@ kv_api_key_check_shape(const char *key, const char *provider)
 {
 	Size		length = strlen(key);
 
-	require_provider(provider);
+	kv_api_key_require_provider(provider);
 	for (const char *p = key; *p; p++)
 		if (*p < '!' || *p > '~')
 			raise_malformed(provider, "It contains a character other than printable ASCII, such as a space or a line break.");
@@ -194,7 +173,7 @@ write_key(const char *user_id, const char *provider, const char *name, const cha
 		8, {TEXTOID, UUIDOID, TEXTOID, TEXTOID, BYTEAOID, TEXTOID, BYTEAOID, TIMESTAMPTZOID}
 	};
 	KvDataKey  *data_key = kv_data_key_ensure(user_id);
-	KvSecretName secret = {.id = *key_id_for(user_id, provider, name),.provider = provider,.purpose = purpose};
+	KvSecretName secret = {.id = *key_id_for(user_id, provider, name),.provider = provider,.purpose = KV_API_KEY_PURPOSE};
 	Datum		values[8];
 
 	values[0] = CStringGetTextDatum(user_id);
@@ -207,16 +186,6 @@ write_key(const char *user_id, const char *provider, const char *name, const cha
 	values[7] = expires_at;
 	kv_statement_execute(&upsert, values, no_expiry ? "       n" : NULL);
 	return secret.id;
-}
-
-/* A required text argument. Error: 22004. */
-static char *
-required_text(FunctionCallInfo fcinfo, int argument, const char *what)
-{
-	if (PG_ARGISNULL(argument))
-		ereport(ERROR,
-				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("%s must not be null", what)));
-	return text_to_cstring(PG_GETARG_TEXT_PP(argument));
 }
 
 /* A required secret argument, in secret memory. Error: 22004. */
@@ -242,7 +211,7 @@ required_secret(FunctionCallInfo fcinfo, int argument)
 static char *
 key_name(FunctionCallInfo fcinfo, int argument)
 {
-	char	   *name = required_text(fcinfo, argument, "name");
+	char	   *name = kv_argument_text(fcinfo, argument, "name");
 
 	if (*name == '\0' || strlen(name) >= NAMEDATALEN)
 		ereport(ERROR,
@@ -280,7 +249,7 @@ keyvault_store_api_key(PG_FUNCTION_ARGS)
 	char	   *user_id;
 
 	kv_redaction_mark_statement();
-	provider = required_text(fcinfo, 0, "provider");
+	provider = kv_argument_text(fcinfo, 0, "provider");
 	key = required_secret(fcinfo, 1);
 	name = key_name(fcinfo, 2);
 	user_id = kv_identity_resolve(fcinfo, 3);
@@ -305,133 +274,9 @@ keyvault_store_platform_key(PG_FUNCTION_ARGS)
 				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
 				 errmsg("not allowed to store keys of the platform"),
 				 errhint("keyvault.grant_access(role, 'admin') gives that right.")));
-	provider = required_text(fcinfo, 0, "provider");
+	provider = kv_argument_text(fcinfo, 0, "provider");
 	key = required_secret(fcinfo, 1);
 	PG_RETURN_UUID_P(store(KV_PLATFORM_USER, provider, key_name(fcinfo, 2), key, (Datum) 0, true, false));
-}
-
-static bool
-is_expired(KvIndexScan *scan)
-{
-	bool		isnull;
-	Datum		expires_at = kv_index_scan_value(scan, API_KEYS_EXPIRES_AT, &isnull);
-
-	return !isnull && DatumGetTimestampTz(expires_at) <= GetCurrentTimestamp();
-}
-
-/* Open the key of the scan's current row; NULL when it does not open. */
-static char *
-open_row(KvIndexScan *scan, const char *user_id, const char *provider)
-{
-	bool		isnull;
-	KvSecretName name = {.provider = provider,.purpose = purpose};
-
-	name.id = *DatumGetUUIDP(kv_index_scan_value(scan, API_KEYS_ID, &isnull));
-	return kv_envelope_open(user_id, &name, DatumGetByteaPP(kv_index_scan_value(scan, API_KEYS_CIPHERTEXT, &isnull)));
-}
-
-static void
-report_unreadable(int level, const char *user_id, const char *provider)
-{
-	ereport(level,
-			(errcode(ERRCODE_KV_SECRET_UNREADABLE),
-			 errmsg("API key of user \"%s\" for provider \"%s\" cannot be opened", user_id, provider),
-			 errdetail("It was altered, or moved from another row, user or vault, or its data key is gone."),
-			 errhint("Store the key again, or restore api_keys, data_keys and vault together from one backup.")));
-}
-
-/* Open a key by its id. Returns it in secret memory; NULL when there is none or it has expired. Errors: KV004, KV005. */
-char *
-kv_api_key_open(const char *user_id, const pg_uuid_t *id)
-{
-	KvIndexScan scan;
-	Datum		keys[2] = {CStringGetTextDatum(user_id), UUIDPGetDatum(id)};
-	Oid			types[2] = {TEXTOID, UUIDOID};
-	char	   *secret = NULL;
-
-	kv_index_scan_begin(&scan, "api_keys", "api_keys_pkey", 2, keys, types);
-	if (kv_index_scan_next(&scan, ForwardScanDirection) && !is_expired(&scan))
-	{
-		bool		isnull;
-		char	   *provider = TextDatumGetCString(kv_index_scan_value(&scan, API_KEYS_PROVIDER, &isnull));
-
-		secret = open_row(&scan, user_id, provider);
-		if (secret == NULL)
-			report_unreadable(ERROR, user_id, provider);
-	}
-	kv_index_scan_end(&scan);
-	return secret;
-}
-
-Datum
-keyvault_user_api_key(PG_FUNCTION_ARGS)
-{
-	char	   *provider = required_text(fcinfo, 0, "provider");
-	char	   *user_id = kv_identity_resolve(fcinfo, 1);
-	Datum		keys[3] = {CStringGetTextDatum(user_id), PG_GETARG_DATUM(0), PG_GETARG_DATUM(2)};
-	Oid			types[3] = {TEXTOID, TEXTOID, TEXTOID};
-	KvIndexScan scan;
-	char	   *secret = NULL;
-	bool		found;
-
-	kv_redaction_mark_statement();
-	(void) required_text(fcinfo, 2, "name");
-	kv_index_scan_begin(&scan, "api_keys", "api_keys_user_id_provider_name_key", 3, keys, types);
-	found = kv_index_scan_next(&scan, ForwardScanDirection);
-	if (found && !is_expired(&scan))
-	{
-		secret = open_row(&scan, user_id, provider);
-		if (secret == NULL)
-			report_unreadable(ERROR, user_id, provider);
-	}
-	kv_index_scan_end(&scan);
-	if (!found)
-		require_provider(provider);
-	if (secret == NULL)
-		PG_RETURN_NULL();
-	PG_RETURN_TEXT_P(cstring_to_text(secret));
-}
-
-static void
-push_string(JsonbParseState **state, JsonbIteratorToken token, char *string)
-{
-	JsonbValue	value = {.type = jbvString,.val.string = {.len = strlen(string),.val = string}};
-
-	pushJsonbValue(state, token, &value);
-}
-
-Datum
-keyvault_user_api_keys(PG_FUNCTION_ARGS)
-{
-	char	   *user_id = kv_identity_resolve(fcinfo, 0);
-	Datum		key = CStringGetTextDatum(user_id);
-	Oid			type = TEXTOID;
-	KvIndexScan scan;
-	JsonbParseState *state = NULL;
-	bool		isnull;
-
-	kv_redaction_mark_statement();
-	pushJsonbValue(&state, WJB_BEGIN_OBJECT, NULL);
-	kv_index_scan_begin(&scan, "api_keys", "api_keys_user_id_provider_name_key", 1, &key, &type);
-	while (kv_index_scan_next(&scan, ForwardScanDirection))
-	{
-		char	   *name = TextDatumGetCString(kv_index_scan_value(&scan, API_KEYS_NAME, &isnull));
-		char	   *provider = TextDatumGetCString(kv_index_scan_value(&scan, API_KEYS_PROVIDER, &isnull));
-		char	   *secret;
-
-		if (strcmp(name, "default") != 0 || is_expired(&scan))
-			continue;
-		secret = open_row(&scan, user_id, provider);
-		if (secret == NULL)
-		{
-			report_unreadable(WARNING, user_id, provider);
-			continue;
-		}
-		push_string(&state, WJB_KEY, provider);
-		push_string(&state, WJB_VALUE, secret);
-	}
-	kv_index_scan_end(&scan);
-	PG_RETURN_JSONB_P(JsonbValueToJsonb(pushJsonbValue(&state, WJB_END_OBJECT, NULL)));
 }
 
 Datum
@@ -440,8 +285,8 @@ keyvault_delete_api_key(PG_FUNCTION_ARGS)
 	static KvStatement delete = {
 		"DELETE FROM keyvault.api_keys WHERE user_id = $1 AND provider = $2 AND name = $3", 3, {TEXTOID, TEXTOID, TEXTOID}
 	};
-	char	   *provider = required_text(fcinfo, 0, "provider");
-	char	   *name = required_text(fcinfo, 1, "name");
+	char	   *provider = kv_argument_text(fcinfo, 0, "provider");
+	char	   *name = kv_argument_text(fcinfo, 1, "name");
 	char	   *user_id = kv_identity_resolve(fcinfo, 2);
 	Datum		values[3] = {CStringGetTextDatum(user_id), CStringGetTextDatum(provider), CStringGetTextDatum(name)};
 	KvOwnerScope scope;
@@ -451,6 +296,6 @@ keyvault_delete_api_key(PG_FUNCTION_ARGS)
 	deleted = kv_statement_execute(&delete, values, NULL) > 0;
 	kv_owner_end(&scope);
 	if (!deleted)
-		require_provider(provider);
+		kv_api_key_require_provider(provider);
 	PG_RETURN_BOOL(deleted);
 }

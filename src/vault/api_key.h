@@ -1,6 +1,6 @@
 /*-------------------------------------------------------------------------
  * api_key.h
- *		Users' provider keys.
+ *		Keeps users' provider keys: checked, sealed, stored, deleted.
  *-------------------------------------------------------------------------
  */
 #ifndef KV_API_KEY_H
@@ -8,9 +8,10 @@
 
 #include "postgres.h"
 
-#include "utils/uuid.h"
+/* What a provider key's record is bound to, besides user, row and provider. */
+#define KV_API_KEY_PURPOSE	"api_key"
 
+extern void kv_api_key_require_provider(const char *provider);
 extern void kv_api_key_check_shape(const char *key, const char *provider);
-extern char *kv_api_key_open(const char *user_id, const pg_uuid_t *id);
 
 #endif

@@ -58,7 +58,7 @@ SELECT attrelid::regclass, string_agg(attname, ' ' ORDER BY attnum) FROM pg_attr
 
 -- Seeds.
 SELECT plan, monthly_credits, credits_per_usd, own_key_rate FROM keyvault.plans ORDER BY plan;
-SELECT provider, dialect, env_variable FROM keyvault.providers ORDER BY provider;
+SELECT provider, dialect, env_var FROM keyvault.providers ORDER BY provider;
 SELECT provider, count(*), bool_and(source <> '') FROM keyvault.model_prices GROUP BY provider ORDER BY provider;
 
 -- A seed that is changed, or replaced by an insert as pg_restore does, is the administrator's own.

@@ -1,0 +1,31 @@
+/*-------------------------------------------------------------------------
+ * argument.c
+ *		Arguments of SQL-callable functions.
+ *
+ * A function whose arguments have defaults cannot be STRICT: it asks here for those that
+ * must have a value.
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "base/argument.h"
+
+#include "base/error.h"
+#include "utils/builtins.h"
+
+/* Error 22004 when an argument is NULL. */
+void
+kv_argument_require(FunctionCallInfo fcinfo, int argument, const char *name)
+{
+	if (PG_ARGISNULL(argument))
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("%s must not be null", name)));
+}
+
+/* A text argument as a C string. Error: 22004 when it is NULL. */
+char *
+kv_argument_text(FunctionCallInfo fcinfo, int argument, const char *name)
+{
+	kv_argument_require(fcinfo, argument, name);
+	return text_to_cstring(PG_GETARG_TEXT_PP(argument));
+}

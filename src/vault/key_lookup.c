@@ -1,0 +1,166 @@
+/*-------------------------------------------------------------------------
+ * key_lookup.c
+ *		Opens users' provider keys for their owner and for the worker.
+ *
+ * Lookups are pure reads: they work on a standby and in a READ ONLY transaction. A key
+ * that does not open is its own row's error, and hides no other.
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "vault/key_lookup.h"
+
+#include "base/argument.h"
+#include "base/error.h"
+#include "base/index_scan.h"
+#include "base/redaction.h"
+#include "catalog/pg_type.h"
+#include "crypto/envelope.h"
+#include "fmgr.h"
+#include "identity/identity.h"
+#include "utils/builtins.h"
+#include "utils/jsonb.h"
+#include "utils/timestamp.h"
+#include "vault/api_key.h"
+
+PG_FUNCTION_INFO_V1(keyvault_user_api_keys);
+PG_FUNCTION_INFO_V1(keyvault_user_api_key);
+
+/* Columns of keyvault.api_keys that lookups read. */
+enum
+{
+	API_KEYS_USER_ID = 1,
+	API_KEYS_ID,
+	API_KEYS_PROVIDER,
+	API_KEYS_NAME,
+	API_KEYS_CIPHERTEXT,
+	API_KEYS_HINT,
+	API_KEYS_FINGERPRINT,
+	API_KEYS_SOURCE,
+	API_KEYS_STATUS,
+	API_KEYS_EXPIRES_AT,
+};
+
+static bool
+is_expired(KvIndexScan *scan)
+{
+	bool		isnull;
+	Datum		expires_at = kv_index_scan_value(scan, API_KEYS_EXPIRES_AT, &isnull);
+
+	return !isnull && DatumGetTimestampTz(expires_at) <= GetCurrentTimestamp();
+}
+
+/* Open the key of the scan's current row; NULL when it does not open. */
+static char *
+open_row(KvIndexScan *scan, const char *user_id, const char *provider)
+{
+	bool		isnull;
+	KvSecretName name = {.provider = provider,.purpose = KV_API_KEY_PURPOSE};
+
+	name.id = *DatumGetUUIDP(kv_index_scan_value(scan, API_KEYS_ID, &isnull));
+	return kv_envelope_open(user_id, &name, DatumGetByteaPP(kv_index_scan_value(scan, API_KEYS_CIPHERTEXT, &isnull)));
+}
+
+static void
+report_unreadable(int level, const char *user_id, const char *provider)
+{
+	ereport(level,
+			(errcode(ERRCODE_KV_SECRET_UNREADABLE),
+			 errmsg("API key of user \"%s\" for provider \"%s\" cannot be opened", user_id, provider),
+			 errdetail("It was altered, or moved from another row, user or vault, or its data key is gone."),
+			 errhint("Store the key again, or restore api_keys, data_keys and vault together from one backup.")));
+}
+
+/* Open a key by its id. Returns it in secret memory; NULL when there is none or it has expired. Errors: KV004, KV005. */
+char *
+kv_key_lookup_by_id(const char *user_id, const pg_uuid_t *id)
+{
+	KvIndexScan scan;
+	Datum		keys[2] = {CStringGetTextDatum(user_id), UUIDPGetDatum(id)};
+	Oid			types[2] = {TEXTOID, UUIDOID};
+	char	   *secret = NULL;
+
+	kv_index_scan_begin(&scan, "api_keys", "api_keys_pkey", 2, keys, types);
+	if (kv_index_scan_next(&scan, ForwardScanDirection) && !is_expired(&scan))
+	{
+		bool		isnull;
+		char	   *provider = TextDatumGetCString(kv_index_scan_value(&scan, API_KEYS_PROVIDER, &isnull));
+
+		secret = open_row(&scan, user_id, provider);
+		if (secret == NULL)
+			report_unreadable(ERROR, user_id, provider);
+	}
+	kv_index_scan_end(&scan);
+	return secret;
+}
+
+Datum
+keyvault_user_api_key(PG_FUNCTION_ARGS)
+{
+	char	   *provider = kv_argument_text(fcinfo, 0, "provider");
+	char	   *user_id = kv_identity_resolve(fcinfo, 1);
+	Datum		keys[3] = {CStringGetTextDatum(user_id), PG_GETARG_DATUM(0), PG_GETARG_DATUM(2)};
+	Oid			types[3] = {TEXTOID, TEXTOID, TEXTOID};
+	KvIndexScan scan;
+	char	   *secret = NULL;
+	bool		found;
+
+	kv_redaction_mark_statement();
+	kv_argument_require(fcinfo, 2, "name");
+	kv_index_scan_begin(&scan, "api_keys", "api_keys_user_id_provider_name_key", 3, keys, types);
+	found = kv_index_scan_next(&scan, ForwardScanDirection);
+	if (found && !is_expired(&scan))
+	{
+		secret = open_row(&scan, user_id, provider);
+		if (secret == NULL)
+			report_unreadable(ERROR, user_id, provider);
+	}
+	kv_index_scan_end(&scan);
+	if (!found)
+		kv_api_key_require_provider(provider);
+	if (secret == NULL)
+		PG_RETURN_NULL();
+	PG_RETURN_TEXT_P(cstring_to_text(secret));
+}
+
+static void
+push_string(JsonbParseState **state, JsonbIteratorToken token, char *string)
+{
+	JsonbValue	value = {.type = jbvString,.val.string = {.len = strlen(string),.val = string}};
+
+	pushJsonbValue(state, token, &value);
+}
+
+Datum
+keyvault_user_api_keys(PG_FUNCTION_ARGS)
+{
+	char	   *user_id = kv_identity_resolve(fcinfo, 0);
+	Datum		key = CStringGetTextDatum(user_id);
+	Oid			type = TEXTOID;
+	KvIndexScan scan;
+	JsonbParseState *state = NULL;
+	bool		isnull;
+
+	kv_redaction_mark_statement();
+	pushJsonbValue(&state, WJB_BEGIN_OBJECT, NULL);
+	kv_index_scan_begin(&scan, "api_keys", "api_keys_user_id_provider_name_key", 1, &key, &type);
+	while (kv_index_scan_next(&scan, ForwardScanDirection))
+	{
+		char	   *name = TextDatumGetCString(kv_index_scan_value(&scan, API_KEYS_NAME, &isnull));
+		char	   *provider = TextDatumGetCString(kv_index_scan_value(&scan, API_KEYS_PROVIDER, &isnull));
+		char	   *secret;
+
+		if (strcmp(name, "default") != 0 || is_expired(&scan))
+			continue;
+		secret = open_row(&scan, user_id, provider);
+		if (secret == NULL)
+		{
+			report_unreadable(WARNING, user_id, provider);
+			continue;
+		}
+		push_string(&state, WJB_KEY, provider);
+		push_string(&state, WJB_VALUE, secret);
+	}
+	kv_index_scan_end(&scan);
+	PG_RETURN_JSONB_P(JsonbValueToJsonb(pushJsonbValue(&state, WJB_END_OBJECT, NULL)));
+}
