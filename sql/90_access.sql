@@ -86,5 +86,21 @@ END $$;
 COMMENT ON FUNCTION keyvault.revoke_access(regrole, text) IS
     'Takes an access from a role; other accesses that it was given stay whole. A superuser calls it. Errors: 22023, 42501.';
 
+CREATE FUNCTION keyvault.refresh_access() RETURNS TABLE (role regrole, access text)
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    FOR role, access IN SELECT DISTINCT a.grantee, substr(p.proname, 2) FROM pg_proc p, aclexplode(p.proacl) a
+                         WHERE p.pronamespace = 'keyvault'::regnamespace AND p.proname IN ('_app', '_user', '_analyst', '_admin')
+                           AND a.grantee NOT IN (0, p.proowner)
+                         ORDER BY 1, 2 LOOP
+        PERFORM keyvault.grant_access(role, access);
+        RETURN NEXT;
+    END LOOP;
+END $$;
+COMMENT ON FUNCTION keyvault.refresh_access() IS
+    'Gives every role the accesses that it has once more, and returns them: after ALTER EXTENSION keyvault UPDATE, which grants nothing, so that they cover what the update brought. A superuser calls it. Error: 42501.';
+
 REVOKE ALL ON ALL ROUTINES IN SCHEMA keyvault FROM PUBLIC;
 REVOKE ALL ON ALL TABLES IN SCHEMA keyvault FROM PUBLIC;

@@ -80,6 +80,14 @@ SELECT count(*) FROM keyvault.usage_by_day WHERE user_id LIKE 'ac\_%';
 SELECT keyvault.set_plan('ac_one', 'free');
 RESET ROLE;
 
+-- What an access has gained since it was given, refresh_access gives: here, what was taken by hand.
+REVOKE EXECUTE ON FUNCTION keyvault.act_as FROM regress_kv_app;
+REVOKE SELECT ON keyvault.credit_status FROM regress_kv_analyst;
+SELECT * FROM keyvault.refresh_access() WHERE role::text ~ '^regress_kv_' ORDER BY role::text;
+SELECT has_function_privilege('regress_kv_app', 'keyvault.act_as(text)', 'EXECUTE') AS app,
+       has_table_privilege('regress_kv_analyst', 'keyvault.credit_status', 'SELECT') AS analyst,
+       has_function_privilege('regress_kv_analyst', 'keyvault.act_as(text)', 'EXECUTE') AS too_much;
+
 SELECT keyvault.revoke_access('regress_kv_app', 'app'), keyvault.revoke_access('regress_kv_user', 'user'),
        keyvault.revoke_access('regress_kv_analyst', 'analyst'), keyvault.revoke_access('regress_kv_admin', 'admin');
 DROP ROLE regress_kv_app, regress_kv_user, regress_kv_analyst, regress_kv_admin, regress_kv_none;
