@@ -19,3 +19,6 @@ REVOKE ALL ON FUNCTION keyvault.refresh_access() FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault.refresh_access() IS
     'Gives every role the accesses that it has once more, and returns them: after ALTER EXTENSION keyvault UPDATE, which grants nothing, so that they cover what the update brought. A superuser calls it. Error: 42501.';
+
+ALTER TABLE keyvault.providers RENAME COLUMN env_variable TO env_var;
+ALTER TABLE keyvault.providers RENAME CONSTRAINT providers_env_variable_check TO providers_env_var_check;
