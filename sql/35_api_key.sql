@@ -63,7 +63,7 @@ ALTER TABLE keyvault.api_keys ALTER COLUMN ciphertext SET STORAGE EXTERNAL;
 COMMENT ON TABLE keyvault.api_keys IS 'Provider keys that users handed over, encrypted. The user '''' is the platform.';
 COMMENT ON COLUMN keyvault.api_keys.ciphertext IS 'Secret record: see "Formats" in doc/keyvault.md.';
 COMMENT ON COLUMN keyvault.api_keys.hint IS 'Enough of the key for its owner to recognise it: at most three first and four last characters.';
-COMMENT ON COLUMN keyvault.api_keys.fingerprint IS 'Keyed hash under the user''s own data key: equal for equal keys of one user and provider, and only there.';
+COMMENT ON COLUMN keyvault.api_keys.fingerprint IS 'Keyed hash under the user''s own data key: equal for equal keys of one user, and only there.';
 COMMENT ON COLUMN keyvault.api_keys.status IS 'active; failed: the provider refused it when it was last used.';
 COMMENT ON COLUMN keyvault.api_keys.rotated_at IS 'When the value last changed.';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.api_keys', '');

@@ -31,6 +31,7 @@
 #include "utils/timestamp.h"
 #include "vault/api_key.h"
 #include "vault/call_key.h"
+#include "vault/key_shape.h"
 
 PG_FUNCTION_INFO_V1(keyvault_request);
 PG_FUNCTION_INFO_V1(keyvault_response);
@@ -94,10 +95,12 @@ seal_call_key(FunctionCallInfo fcinfo, const ArgumentOrder *order, const char *u
 	text	   *argument = PG_GETARG_TEXT_PP(order->api_key);
 	Size		length = VARSIZE_ANY_EXHDR(argument);
 	char	   *key = kv_secret_alloc(length + 1);
+	char	   *provider = text_to_cstring(PG_GETARG_TEXT_PP(order->provider));
 
 	memcpy(key, VARDATA_ANY(argument), length);
 	key[length] = '\0';
-	kv_api_key_check_shape(key, text_to_cstring(PG_GETARG_TEXT_PP(order->provider)));
+	kv_api_key_require_provider(provider);
+	kv_key_shape_check(key, length, provider);
 	return PointerGetDatum(kv_call_key_seal(user_id, id, key));
 }
 

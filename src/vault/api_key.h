@@ -8,10 +8,9 @@
 
 #include "postgres.h"
 
-/* What a provider key's record is bound to, besides user, row and provider. */
-#define KV_API_KEY_PURPOSE	"api_key"
+#include "fmgr.h"
 
 extern void kv_api_key_require_provider(const char *provider);
-extern void kv_api_key_check_shape(const char *key, const char *provider);
+extern char *kv_api_key_name(FunctionCallInfo fcinfo, int argument);
 
 #endif

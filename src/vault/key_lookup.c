@@ -22,6 +22,7 @@
 #include "utils/jsonb.h"
 #include "utils/timestamp.h"
 #include "vault/api_key.h"
+#include "vault/key_row.h"
 
 PG_FUNCTION_INFO_V1(keyvault_user_api_keys);
 PG_FUNCTION_INFO_V1(keyvault_user_api_key);

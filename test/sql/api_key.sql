@@ -30,6 +30,10 @@ SELECT keyvault.store_api_key('openai', 'sk-regress-aaaaaaaaaaaaaaaa', 'copy', '
 SELECT count(DISTINCT fingerprint) AS fingerprints, count(DISTINCT ciphertext) AS ciphertexts, count(*) FROM keyvault.api_keys
  WHERE (user_id, name) IN (('key_a', 'default'), ('key_a', 'copy'), ('key_b', 'copy')) AND provider = 'openai';
 
+-- and for equal keys of two providers, as some vendors have one key for two of their services.
+SELECT keyvault.store_api_key('xai', 'sk-regress-second-of-a', 'twin', 'key_a') IS NOT NULL AS stored;
+SELECT keyvault.delete_api_key('xai', 'twin', 'key_a');
+
 -- Replacing keeps the id, and notes a change of the value only.
 CREATE TEMP TABLE before AS SELECT id, ciphertext FROM keyvault.api_keys WHERE user_id = 'key_a' AND provider = 'exa';
 SELECT keyvault.store_api_key('exa', 'short-aa', user_id => 'key_a') = id AS same_id FROM before;
@@ -40,12 +44,18 @@ SELECT rotated_at IS NOT NULL AS changed, keyvault.user_api_key('exa', 'key_a') 
 -- Malformed keys: KV009, and the message never has the key.
 \set VERBOSITY default
 SELECT keyvault.store_api_key('openai', 'seven77', user_id => 'key_a');
-\set VERBOSITY sqlstate
 SELECT keyvault.store_api_key('openai', repeat('x', 513), user_id => 'key_a');
 SELECT keyvault.store_api_key('openai', E'sk-with-a-line-break\r\nX-Injected: 1', user_id => 'key_a');
 SELECT keyvault.store_api_key('openai', 'sk-with space', user_id => 'key_a');
+SELECT keyvault.store_api_key('openai', E'sk-with-a\ttab', user_id => 'key_a');
+SELECT keyvault.store_api_key('openai', E'sk-with-\x7f', user_id => 'key_a');
 SELECT keyvault.store_api_key('openai', 'sk-with-ümlaut', user_id => 'key_a');
 SELECT keyvault.store_api_key('openai', 'sk-ant-another-providers-key', user_id => 'key_a');
+BEGIN;
+UPDATE keyvault.providers SET key_pattern = '^nobodys-' WHERE provider = 'exa';
+SELECT keyvault.store_api_key('exa', 'somebodys-key', user_id => 'key_a');
+ROLLBACK;
+\set VERBOSITY sqlstate
 SELECT keyvault.store_api_key('openai', '', user_id => 'key_a');
 \set VERBOSITY terse
 SELECT keyvault.store_api_key('openai', NULL, user_id => 'key_a');

@@ -1,0 +1,120 @@
+/*-------------------------------------------------------------------------
+ * key_row.c
+ *		Writes rows of api_keys.
+ *
+ * A key is sealed before a tuple with it exists.
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "vault/key_row.h"
+
+#include "base/error.h"
+#include "base/owner_spi.h"
+#include "base/pg_version.h"
+#include "base/secret.h"
+#include "base/uuid.h"
+#include "catalog/pg_type.h"
+#include "crypto/envelope.h"
+#include "utils/builtins.h"
+#include "utils/timestamp.h"
+#include "vault/key_shape.h"
+
+#define FINGERPRINT_SIZE 16
+
+/* Equal for equal keys of one user under one data key; tells nothing across users. */
+bytea *
+kv_key_row_fingerprint(const KvDataKey *data_key, const char *secret)
+{
+	static const char label[] = "keyvault/v1/fingerprint";
+	uint8		mac_key[KV_KEY_SIZE];
+	uint8		mac[KV_MAC_SIZE];
+	bytea	   *fingerprint = palloc(VARHDRSZ + FINGERPRINT_SIZE);
+
+	kv_hkdf_sha256(data_key->key, KV_KEY_SIZE, NULL, 0, (const uint8 *) label, strlen(label), mac_key, KV_KEY_SIZE);
+	kv_hmac_sha256(mac_key, KV_KEY_SIZE, (const uint8 *) secret, strlen(secret), mac);
+	kv_secret_wipe(mac_key, sizeof(mac_key));
+	SET_VARSIZE(fingerprint, VARHDRSZ + FINGERPRINT_SIZE);
+	memcpy(VARDATA(fingerprint), mac, FINGERPRINT_SIZE);
+	return fingerprint;
+}
+
+/* The id of the key of that name, locked, or a new one. */
+static pg_uuid_t *
+id_for(const KvNewKey *key)
+{
+	static KvStatement find = {
+		"SELECT id FROM keyvault.api_keys WHERE user_id = $1 AND provider = $2 AND name = $3 FOR UPDATE",
+		3, {TEXTOID, TEXTOID, TEXTOID}
+	};
+	Datum		values[3] = {CStringGetTextDatum(key->user_id), CStringGetTextDatum(key->provider), CStringGetTextDatum(key->name)};
+	bool		isnull;
+	Datum		id = kv_statement_value(&find, values, NULL, &isnull);
+
+	return isnull ? kv_uuid_make() : DatumGetUUIDP(id);
+}
+
+/* Tell a user who keeps the same key twice; it is the same row of a provider's invoice, and of its limits. */
+static void
+notice_duplicate(const KvNewKey *key, const pg_uuid_t *id, bytea *fingerprint)
+{
+	static KvStatement find = {
+		"SELECT provider, name FROM keyvault.api_keys WHERE user_id = $1 AND fingerprint = $2 AND id <> $3"
+		" ORDER BY provider, name LIMIT 1", 3, {TEXTOID, BYTEAOID, UUIDOID}
+	};
+	Datum		values[3] = {CStringGetTextDatum(key->user_id), PointerGetDatum(fingerprint), UUIDPGetDatum(id)};
+
+	if (kv_statement_execute(&find, values, NULL) > 0)
+		ereport(NOTICE,
+				(errmsg("the same key is kept for provider \"%s\" under the name \"%s\"",
+						SPI_getvalue(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1),
+						SPI_getvalue(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 2))));
+}
+
+static void
+ensure_user(const char *user_id, bool may_create)
+{
+	static KvStatement ensure = {"SELECT keyvault._ensure_user($1, $2)", 2, {TEXTOID, BOOLOID}};
+	Datum		values[2] = {CStringGetTextDatum(user_id), BoolGetDatum(may_create)};
+
+	if (*user_id)
+		kv_statement_execute(&ensure, values, NULL);
+}
+
+/*
+ * Seal a key, whose shape was checked, and write its row; returns the row's id, the one it
+ * had if it is replaced. Call between kv_owner_begin and kv_owner_end.
+ */
+pg_uuid_t
+kv_key_row_write(const KvNewKey *key)
+{
+	static KvStatement upsert = {
+		"INSERT INTO keyvault.api_keys AS k (user_id, id, provider, name, ciphertext, hint, fingerprint, source, expires_at)"
+		" VALUES ($1, $2, $3, $4, $5, $6, $7, CASE $1 WHEN '' THEN 'platform' ELSE 'user' END, $8)"
+		" ON CONFLICT (user_id, provider, name) DO UPDATE"
+		" SET id = EXCLUDED.id, ciphertext = EXCLUDED.ciphertext, hint = EXCLUDED.hint, fingerprint = EXCLUDED.fingerprint,"
+		" expires_at = EXCLUDED.expires_at, status = 'active', updated_at = now(),"
+		" rotated_at = CASE WHEN k.fingerprint = EXCLUDED.fingerprint THEN k.rotated_at ELSE now() END",
+		8, {TEXTOID, UUIDOID, TEXTOID, TEXTOID, BYTEAOID, TEXTOID, BYTEAOID, TIMESTAMPTZOID}
+	};
+	KvDataKey  *data_key;
+	KvSecretName secret = {.provider = key->provider,.purpose = KV_API_KEY_PURPOSE};
+	bytea	   *fingerprint;
+	Datum		values[8];
+
+	ensure_user(key->user_id, key->may_create_user);
+	data_key = kv_data_key_ensure(key->user_id);
+	secret.id = *id_for(key);
+	fingerprint = kv_key_row_fingerprint(data_key, key->secret);
+	values[0] = CStringGetTextDatum(key->user_id);
+	values[1] = UUIDPGetDatum(&secret.id);
+	values[2] = CStringGetTextDatum(key->provider);
+	values[3] = CStringGetTextDatum(key->name);
+	values[4] = PointerGetDatum(kv_envelope_seal(data_key, &secret, key->secret, strlen(key->secret)));
+	values[5] = CStringGetTextDatum(kv_key_shape_hint(key->secret));
+	values[6] = PointerGetDatum(fingerprint);
+	values[7] = TimestampTzGetDatum(key->expires_at);
+	kv_statement_execute(&upsert, values, key->expires ? NULL : "       n");
+	notice_duplicate(key, &secret.id, fingerprint);
+	return secret.id;
+}

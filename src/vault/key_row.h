@@ -1,0 +1,33 @@
+/*-------------------------------------------------------------------------
+ * key_row.h
+ *		Writes rows of api_keys.
+ *-------------------------------------------------------------------------
+ */
+#ifndef KV_KEY_ROW_H
+#define KV_KEY_ROW_H
+
+#include "postgres.h"
+
+#include "crypto/data_key.h"
+#include "datatype/timestamp.h"
+#include "utils/uuid.h"
+
+/* What a record in api_keys is bound to, besides user, row and provider. */
+#define KV_API_KEY_PURPOSE	"api_key"
+
+/* A key to be kept. The platform's has the user KV_PLATFORM_USER. */
+typedef struct KvNewKey
+{
+	const char *user_id;
+	const char *provider;
+	const char *name;
+	const char *secret;
+	bool		may_create_user;
+	bool		expires;
+	TimestampTz expires_at;
+} KvNewKey;
+
+extern pg_uuid_t kv_key_row_write(const KvNewKey *key);
+extern bytea *kv_key_row_fingerprint(const KvDataKey *data_key, const char *secret);
+
+#endif
