@@ -12,15 +12,29 @@ CREATE TABLE keyvault.credit_balances (
     period_anchor   timestamptz NOT NULL,
     period_start    timestamptz NOT NULL,
     period_end      timestamptz NOT NULL,
+    due_at          timestamptz NOT NULL,
+    notice_at       numeric(18,6),
+    credits_lent    numeric(18,6) NOT NULL DEFAULT 0,
+    credits_covered numeric(18,6) NOT NULL DEFAULT 0,
+    extra_spent     numeric(18,6) NOT NULL DEFAULT 0,
     PRIMARY KEY (user_id, slot)
 ) WITH (fillfactor = 70);
 COMMENT ON TABLE keyvault.credit_balances IS
     'The hot row of each user''s credits, changed by the debit on usage_records. fillfactor leaves room for heap-only updates.';
-COMMENT ON COLUMN keyvault.credit_balances.slot IS 'Part of the balance; one part, 0, per user.';
-COMMENT ON COLUMN keyvault.credit_balances.monthly_credits IS 'The plan''s credits for this period; NULL is unlimited.';
+COMMENT ON COLUMN keyvault.credit_balances.slot IS
+    '0: the balance. Above 0: room that slot 0 lent to a busy user''s further slot, as that slot''s monthly_credits; a user''s credits_used is the sum over slots.';
+COMMENT ON COLUMN keyvault.credit_balances.monthly_credits IS 'What may be used in this period before extra credits are: the plan''s credits and credits_covered; NULL is unlimited.';
 COMMENT ON COLUMN keyvault.credit_balances.extra_credits IS 'Credits beyond the plan: spent after the monthly ones, kept at a reset.';
 COMMENT ON COLUMN keyvault.credit_balances.credits_used IS 'Credits debited since period_start.';
 COMMENT ON COLUMN keyvault.credit_balances.credits_held IS 'Sum of credit_holds, expired ones included until credits run short, which sweeps them.';
+COMMENT ON COLUMN keyvault.credit_balances.due_at IS
+    'When the row has to be looked at before more is debited: at the period''s end, or earlier when a grant expires.';
+COMMENT ON COLUMN keyvault.credit_balances.notice_at IS
+    'A debit that takes credits_used beyond it goes the slow way: the next threshold to note less one micro-credit; below 0 when every debit has to, of zero credits too, because the user has budgets; NULL: none.';
+COMMENT ON COLUMN keyvault.credit_balances.credits_lent IS
+    'Room given to further slots; above 0 exactly while there are any, for an unlimited user too, for whom it has no other meaning.';
+COMMENT ON COLUMN keyvault.credit_balances.credits_covered IS 'The part of monthly_credits that an earlier, larger plan of the same period paid for.';
+COMMENT ON COLUMN keyvault.credit_balances.extra_spent IS 'The part of extra_credits that was taken from grants in this period already.';
 COMMENT ON COLUMN keyvault.credit_balances.period_anchor IS 'Period n begins at period_anchor + n months, in UTC.';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.credit_balances', '');
 
@@ -63,6 +77,19 @@ END;
 COMMENT ON FUNCTION keyvault._period_number(timestamptz, timestamptz) IS
     'The number of the period that contains at; 0 begins at the anchor.';
 
+CREATE FUNCTION keyvault._keep_due() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    NEW.due_at := least(NEW.due_at, NEW.period_end);
+    RETURN NEW;
+END $$;
+COMMENT ON FUNCTION keyvault._keep_due() IS
+    'Trigger of credit_balances: a period that an administrator ends earlier is due earlier. The debit does not fire it.';
+CREATE TRIGGER keep_due BEFORE INSERT OR UPDATE OF period_end ON keyvault.credit_balances
+    FOR EACH ROW EXECUTE FUNCTION keyvault._keep_due();
+
 CREATE FUNCTION keyvault._wake_worker() RETURNS void
     LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'keyvault_wake_worker';
@@ -75,8 +102,8 @@ CREATE FUNCTION keyvault._create_balance(user_id text) RETURNS void
 AS $$
 #variable_conflict use_column
 BEGIN
-    INSERT INTO keyvault.credit_balances (user_id, monthly_credits, period_anchor, period_start, period_end)
-    SELECT u.user_id, p.monthly_credits, a.anchor, a.anchor, keyvault._period_bound(a.anchor, 1)
+    INSERT INTO keyvault.credit_balances (user_id, monthly_credits, period_anchor, period_start, period_end, due_at)
+    SELECT u.user_id, p.monthly_credits, a.anchor, a.anchor, keyvault._period_bound(a.anchor, 1), keyvault._period_bound(a.anchor, 1)
       FROM keyvault.users u JOIN keyvault.plans p ON p.plan = u.plan, date_trunc('day', now(), 'UTC') a(anchor)
      WHERE u.user_id = $1
     ON CONFLICT DO NOTHING;
@@ -102,9 +129,10 @@ BEGIN
            credits_used = 0,
            monthly_credits = p.monthly_credits,
            period_start = keyvault._period_bound(b.period_anchor, keyvault._period_number(b.period_anchor, now())),
-           period_end = keyvault._period_bound(b.period_anchor, keyvault._period_number(b.period_anchor, now()) + 1)
+           period_end = keyvault._period_bound(b.period_anchor, keyvault._period_number(b.period_anchor, now()) + 1),
+           due_at = keyvault._period_bound(b.period_anchor, keyvault._period_number(b.period_anchor, now()) + 1)
       FROM keyvault.users u JOIN keyvault.plans p ON p.plan = u.plan
-     WHERE b.user_id = $1 AND u.user_id = b.user_id
+     WHERE b.user_id = $1 AND b.slot = 0 AND u.user_id = b.user_id
     RETURNING b.* INTO STRICT balance;
     RETURN balance;
 END $$;
@@ -133,7 +161,7 @@ COMMENT ON FUNCTION keyvault._sweep_holds(text) IS
 
 CREATE FUNCTION keyvault._credits_left(balance keyvault.credit_balances) RETURNS numeric
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN balance.monthly_credits + balance.extra_credits - balance.credits_used - balance.credits_held;
+    RETURN balance.monthly_credits + balance.extra_credits - balance.credits_used - balance.credits_held - balance.credits_lent;
 COMMENT ON FUNCTION keyvault._credits_left(keyvault.credit_balances) IS
     'Credits neither used nor held, negative after a downgrade; NULL is unlimited.';
 
@@ -154,19 +182,45 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION keyvault._refuse_credits(keyvault.credit_balances, numeric) IS 'Raises KV001 with what was asked for, what is left and when credits are renewed.';
 
-CREATE FUNCTION keyvault._lock_balance(user_id text, may_create boolean) RETURNS keyvault.credit_balances
+-- Everything but the fast debit reads and changes a balance through _lock_balance, and so through _gather_slots.
+
+CREATE FUNCTION keyvault._gather_slots(user_id text) RETURNS keyvault.credit_balances
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     balance keyvault.credit_balances;
+    used numeric;
 BEGIN
     SELECT * INTO balance FROM keyvault.credit_balances b WHERE b.user_id = $1 AND b.slot = 0 FOR NO KEY UPDATE;
-    IF NOT FOUND THEN
-        PERFORM keyvault._ensure_user($1, may_create);
-        SELECT * INTO STRICT balance FROM keyvault.credit_balances b WHERE b.user_id = $1 AND b.slot = 0 FOR NO KEY UPDATE;
+    IF balance.credits_lent > 0 THEN
+        -- A statement of its own: its snapshot sees the slots that were made while this one waited for the lock.
+        WITH slots AS MATERIALIZED (
+            SELECT b.slot FROM keyvault.credit_balances b WHERE b.user_id = $1 AND b.slot > 0 ORDER BY b.slot FOR UPDATE
+        ), gathered AS (
+            DELETE FROM keyvault.credit_balances b USING slots s WHERE b.user_id = $1 AND b.slot = s.slot RETURNING b.credits_used)
+        SELECT coalesce(sum(g.credits_used), 0) INTO used FROM gathered g;
+        UPDATE keyvault.credit_balances b SET credits_used = b.credits_used + used, credits_lent = 0
+         WHERE b.user_id = $1 AND b.slot = 0
+        RETURNING b.* INTO balance;
     END IF;
-    IF balance.period_end <= now() THEN
+    RETURN balance;
+END $$;
+COMMENT ON FUNCTION keyvault._gather_slots(text) IS
+    'Locks a user''s slots in order, makes them one again, slot 0, and returns it; NULL for a user without a balance.';
+
+CREATE FUNCTION keyvault._lock_balance(user_id text, may_create boolean) RETURNS keyvault.credit_balances
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    balance keyvault.credit_balances := keyvault._gather_slots($1);
+BEGIN
+    IF balance.user_id IS NULL THEN
+        PERFORM keyvault._ensure_user($1, may_create);
+        balance := keyvault._gather_slots($1);
+    END IF;
+    IF balance.due_at <= now() THEN
         balance := keyvault._roll_period($1);
     END IF;
     RETURN balance;
@@ -228,7 +282,7 @@ DECLARE
     released numeric;
 BEGIN
     -- The balance is locked before the hold, in the order of every other path.
-    PERFORM FROM keyvault.credit_balances b WHERE b.user_id = $1 AND b.slot = 0 FOR NO KEY UPDATE;
+    PERFORM keyvault._gather_slots($1);
     DELETE FROM keyvault.credit_holds h WHERE h.user_id = $1 AND h.id = hold RETURNING h.amount INTO released;
     IF NOT FOUND THEN
         RETURN false;

@@ -11,13 +11,16 @@ SELECT u.user_id, u.plan, c.monthly_credits, c.extra_credits, c.credits_used, c.
  CROSS JOIN LATERAL (SELECT coalesce(sum(h.amount), 0)::numeric(18,6) AS amount
                        FROM keyvault.credit_holds h
                       WHERE h.user_id = b.user_id AND h.expires_at > now()) held
+ CROSS JOIN LATERAL (SELECT CASE WHEN b.credits_lent > 0
+                                  THEN (SELECT sum(s.credits_used) FROM keyvault.credit_balances s WHERE s.user_id = b.user_id)::numeric(18,6)
+                                  ELSE b.credits_used END AS amount) used
  CROSS JOIN LATERAL (
-       SELECT b.monthly_credits, b.extra_credits, b.credits_used, held.amount AS credits_held, b.period_end AS credits_reset_at
+       SELECT b.monthly_credits, b.extra_credits, used.amount AS credits_used, held.amount AS credits_held, b.period_end AS credits_reset_at
         WHERE b.period_end > now()
         UNION ALL
        SELECT p.monthly_credits,
               (CASE WHEN b.monthly_credits IS NULL THEN b.extra_credits
-                    ELSE greatest(b.extra_credits - greatest(b.credits_used - b.monthly_credits, 0), 0) END)::numeric(18,6),
+                    ELSE greatest(b.extra_credits - greatest(used.amount - b.monthly_credits, 0), 0) END)::numeric(18,6),
               0::numeric(18,6), held.amount,
               keyvault._period_bound(b.period_anchor, keyvault._period_number(b.period_anchor, now()) + 1)
         WHERE b.period_end <= now()) c;

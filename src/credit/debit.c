@@ -272,9 +272,10 @@ debit_user(const Debit *debit, Oid caller)
 	static KvStatement fast = {
 		"UPDATE keyvault.credit_balances SET credits_used = credits_used OPERATOR(pg_catalog.+) $2"
 		" WHERE user_id OPERATOR(pg_catalog.=) $1 AND slot OPERATOR(pg_catalog.=) 0::pg_catalog.int2"
-		" AND period_end OPERATOR(pg_catalog.>) pg_catalog.now() AND (monthly_credits IS NULL"
+		" AND due_at OPERATOR(pg_catalog.>) pg_catalog.now() AND (monthly_credits IS NULL"
 		" OR ((credits_used OPERATOR(pg_catalog.+) credits_held) OPERATOR(pg_catalog.+) $2)"
-		" OPERATOR(pg_catalog.<=) (monthly_credits OPERATOR(pg_catalog.+) extra_credits))",
+		" OPERATOR(pg_catalog.<=) ((monthly_credits OPERATOR(pg_catalog.+) extra_credits) OPERATOR(pg_catalog.-) credits_lent))"
+		" AND (notice_at IS NULL OR (credits_used OPERATOR(pg_catalog.+) $2) OPERATOR(pg_catalog.<=) notice_at)",
 		2, {TEXTOID, NUMERICOID}
 	};
 	static KvStatement slow = {"SELECT keyvault._debit_slow($1, $2, $3)", 3, {TEXTOID, NUMERICOID, BOOLOID}};
