@@ -54,7 +54,7 @@ request_shared_memory(void)
 {
 	if (next_shmem_request)
 		next_shmem_request();
-	for (int i = 0; i < lengthof(modules); i++)
+	for (size_t i = 0; i < lengthof(modules); i++)
 		if (modules[i].shmem_size)
 			RequestAddinShmemSpace(modules[i].shmem_size());
 }
@@ -65,7 +65,7 @@ start_shared_memory(void)
 	if (next_shmem_startup)
 		next_shmem_startup();
 	LWLockAcquire(AddinShmemInitLock, LW_EXCLUSIVE);
-	for (int i = 0; i < lengthof(modules); i++)
+	for (size_t i = 0; i < lengthof(modules); i++)
 		if (modules[i].shmem_init)
 		{
 			bool		found;
@@ -84,7 +84,7 @@ _PG_init(void)
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 				 errmsg("keyvault must be loaded when the server starts"),
 				 errhint("Add to postgresql.conf: shared_preload_libraries = 'keyvault'  (behind the libraries that are there already), then restart the server.")));
-	for (int i = 0; i < lengthof(modules); i++)
+	for (size_t i = 0; i < lengthof(modules); i++)
 		if (modules[i].init)
 			modules[i].init();
 	next_shmem_request = shmem_request_hook;

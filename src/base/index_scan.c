@@ -14,6 +14,7 @@
 #include "access/table.h"
 #include "access/tableam.h"
 #include "base/error.h"
+#include "base/pg_version.h"
 #include "catalog/namespace.h"
 #include "catalog/pg_type.h"
 #include "utils/fmgroids.h"
@@ -52,11 +53,7 @@ kv_index_scan_begin(KvIndexScan *scan, const char *table, const char *index,
 							   scan->index->rd_indcollation[i],
 							   keytypes[i] == UUIDOID ? F_UUID_EQ : F_TEXTEQ, keys[i]);
 	scan->slot = table_slot_create(scan->table, NULL);
-#if PG_VERSION_NUM >= 180000
-	scan->descriptor = index_beginscan(scan->table, scan->index, GetActiveSnapshot(), NULL, nkeys, 0);
-#else
-	scan->descriptor = index_beginscan(scan->table, scan->index, GetActiveSnapshot(), nkeys, 0);
-#endif
+	scan->descriptor = KvIndexBeginScan(scan->table, scan->index, GetActiveSnapshot(), nkeys);
 	index_rescan(scan->descriptor, conditions, nkeys, NULL, 0);
 }
 

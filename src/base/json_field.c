@@ -8,16 +8,13 @@
 
 #include "base/json_field.h"
 
+#include "base/pg_version.h"
 #include "fmgr.h"
 #include "lib/stringinfo.h"
 #include "mb/pg_wchar.h"
 #include "utils/builtins.h"
 #include "utils/fmgrprotos.h"
 #include "utils/memutils.h"
-
-#if PG_VERSION_NUM >= 160000
-#include "nodes/miscnodes.h"
-#endif
 
 /* More tokens than any call can use; a larger count is not believed. */
 #define COUNT_MAX INT64CONST(1000000000)
@@ -26,7 +23,7 @@
 static Jsonb *
 jsonb_or_null(char *text)
 {
-#if PG_VERSION_NUM >= 160000
+#if KV_HAS_SOFT_ERRORS
 	ErrorSaveContext escontext = {T_ErrorSaveContext};
 	Datum		json;
 

@@ -1,13 +1,15 @@
 /*-------------------------------------------------------------------------
  * pg_version.h
- *		The differences between PostgreSQL 15 and 18, all in one place.
+ *		The differences between PostgreSQL 15 and 18: no other file asks for the version.
  *-------------------------------------------------------------------------
  */
 #ifndef KV_PG_VERSION_H
 #define KV_PG_VERSION_H
 
+#include "access/genam.h"
 #include "storage/proc.h"
 #if PG_VERSION_NUM >= 160000
+#include "nodes/miscnodes.h"
 #include "varatt.h"
 #endif
 
@@ -28,5 +30,18 @@
 #else
 #define KvCreateWaitEventSet(nevents) CreateWaitEventSet(TopMemoryContext, nevents)
 #endif
+
+/* 18 counts searches of an index where it is asked to. */
+#if PG_VERSION_NUM >= 180000
+#define KvIndexBeginScan(table, index, snapshot, nkeys) index_beginscan(table, index, snapshot, NULL, nkeys, 0)
+#else
+#define KvIndexBeginScan(table, index, snapshot, nkeys) index_beginscan(table, index, snapshot, nkeys, 0)
+#endif
+
+/* From 16 on an input function can report bad input without throwing. */
+#define KV_HAS_SOFT_ERRORS (PG_VERSION_NUM >= 160000)
+
+/* 18 makes UUIDs of version 7 itself. */
+#define KV_HAS_UUIDV7 (PG_VERSION_NUM >= 180000)
 
 #endif

@@ -133,7 +133,7 @@ executes_prepared(const char *p)
 	if (!begins_with(p, "execute") || is_word_byte(p[strlen("execute")]))
 		return false;
 	p = skip_space(p + strlen("execute"));
-	for (int i = 0; i < lengthof(harmless_after_execute); i++)
+	for (size_t i = 0; i < lengthof(harmless_after_execute); i++)
 		if (begins_with(p, harmless_after_execute[i]) && !is_word_byte(p[strlen(harmless_after_execute[i])]))
 			return false;
 	return true;
@@ -146,7 +146,7 @@ is_sensitive_word(const char *p, const SensitiveWord *sensitive)
 
 	if (!begins_with(p, sensitive->word))
 		return false;
-	for (int i = 0; i < lengthof(harmless_after_word); i++)
+	for (size_t i = 0; i < lengthof(harmless_after_word); i++)
 		if (begins_with(end, harmless_after_word[i]))
 			return false;
 	return !sensitive->is_call || *skip_space(end) == '(';
@@ -161,7 +161,7 @@ names_a_secret(const char *text)
 	{
 		if (p > text && is_word_byte(p[-1]) && p[0] != '_' && p[-1] != '_')
 			continue;			/* within a word */
-		for (int i = 0; i < lengthof(sensitive_words); i++)
+		for (size_t i = 0; i < lengthof(sensitive_words); i++)
 			if (is_sensitive_word(p, &sensitive_words[i]))
 				return true;
 		if (executes_prepared(p))
@@ -199,7 +199,7 @@ find_key_shape(const char *text, const char *p, Size *length)
 	{
 		if (is_inside_word(text, p))
 			continue;
-		for (int i = 0; i < lengthof(key_prefixes); i++)
+		for (size_t i = 0; i < lengthof(key_prefixes); i++)
 		{
 			const char *key = p + strlen(key_prefixes[i]);
 
@@ -268,7 +268,7 @@ names_no_value(int sqlerrcode)
 		ERRCODE_LOCK_NOT_AVAILABLE, ERRCODE_QUERY_CANCELED,
 	};
 
-	for (int i = 0; i < lengthof(harmless); i++)
+	for (size_t i = 0; i < lengthof(harmless); i++)
 		if (sqlerrcode == harmless[i])
 			return true;
 	return ERRCODE_TO_CATEGORY(sqlerrcode) == ERRCODE_TO_CATEGORY(ERRCODE_TRANSACTION_ROLLBACK);
@@ -357,7 +357,7 @@ redact(ErrorData *edata)
 	bool		sensitive = names_a_secret(debug_query_string) || prints_a_tree(edata) ||
 		(marked_statement != 0 && marked_statement == GetCurrentStatementStartTimestamp());
 
-	for (int i = 0; i < lengthof(fields); i++)
+	for (size_t i = 0; i < lengthof(fields); i++)
 		if (fields[i])
 			scrub_key_shapes(fields[i]);
 	if (debug_query_string && find_key_shape(debug_query_string, debug_query_string, &length))

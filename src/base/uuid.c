@@ -11,13 +11,14 @@
 #include <time.h>
 
 #include "base/error.h"
+#include "base/pg_version.h"
 #include "fmgr.h"
 #include "port/pg_bswap.h"
 #include "utils/fmgrprotos.h"
 
 PG_FUNCTION_INFO_V1(keyvault_uuidv7);
 
-#if PG_VERSION_NUM >= 180000
+#if KV_HAS_UUIDV7
 
 /* Make a UUIDv7, in the current memory context. */
 pg_uuid_t *

@@ -64,7 +64,7 @@ void
 kv_dialect_read_usage(const char *dialect, Jsonb *answer, KvUsage *usage)
 {
 	memset(usage, 0, sizeof(*usage));
-	for (int i = 0; i < lengthof(dialects); i++)
+	for (size_t i = 0; i < lengthof(dialects); i++)
 	{
 		const Dialect *d = &dialects[i];
 		int			last_group = 0;

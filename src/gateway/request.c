@@ -132,7 +132,7 @@ enqueue(FunctionCallInfo fcinfo, const ArgumentOrder *order, char **user_id)
 	kv_argument_require(fcinfo, order->payer, "payer");
 	kv_argument_require(fcinfo, order->key_name, "key_name");
 	*user_id = kv_identity_resolve(fcinfo, order->user_id);
-	for (int i = 0; i < lengthof(copied); i++)
+	for (size_t i = 0; i < lengthof(copied); i++)
 		if (copied[i] >= 0)
 		{
 			values[i] = PG_GETARG_DATUM(copied[i]);

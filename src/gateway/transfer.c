@@ -102,7 +102,7 @@ ipv4_is_private(uint32 address)
 		{0xc6120000, 15}, {0xc6336400, 24}, {0xcb007100, 24}, {0xe0000000, 3},
 	};
 
-	for (int i = 0; i < lengthof(ranges); i++)
+	for (size_t i = 0; i < lengthof(ranges); i++)
 		if ((address ^ ranges[i].network) >> (32 - ranges[i].bits) == 0)
 			return true;
 	return false;

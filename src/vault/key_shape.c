@@ -65,7 +65,7 @@ matches_pattern(const char *key, const char *provider)
 static const char *
 describe_mismatch(const char *key, const char *provider)
 {
-	for (int i = 0; i < lengthof(known_prefixes); i++)
+	for (size_t i = 0; i < lengthof(known_prefixes); i++)
 		if (strncmp(key, known_prefixes[i].prefix, strlen(known_prefixes[i].prefix)) == 0 &&
 			strcmp(known_prefixes[i].provider, provider) != 0)
 			return psprintf("It begins as keys of provider \"%s\" do.", known_prefixes[i].provider);
