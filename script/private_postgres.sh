@@ -49,6 +49,19 @@ build_into_tree() {
 	make -s -C "$source" install with_llvm=no PG_CONFIG="$PG_BIN/pg_config" "$@" > /dev/null
 }
 
+# portable_install DIR ROOT: copy the tree's server with what is installed in it to DIR/usr, and to DIR/lib the shared
+# libraries that it needs and the system in the folder ROOT lacks.
+portable_install() {
+	local directory=$1 root=$2 tree=${PG_BIN%/usr/lib/*} libraries library
+	libraries=/usr/lib/$(gcc -print-multiarch)
+	mkdir -p "$directory/usr/lib/postgresql" "$directory/usr/share/postgresql" "$directory/lib"
+	cp -rL "$tree/usr/share/postgresql/$PG_MAJOR" "$directory/usr/share/postgresql"
+	(cd -P "$tree/usr/lib/postgresql" && tar chf - --exclude=bitcode --exclude=pgxs --exclude='llvmjit*' "$PG_MAJOR") | tar xf - -C "$directory/usr/lib/postgresql"
+	find "$directory/usr/lib/postgresql" -type f -exec ldd {} + 2> /dev/null | sed -n 's/.* => \(\/[^ ]*\) (.*/\1/p' | sort -u | while read -r library; do
+		[ -e "$root$libraries/${library##*/}" ] || cp -L "$library" "$directory/lib"
+	done
+}
+
 # make_master_key FILE: as openssl rand -hex 32 does, readable by its owner alone.
 make_master_key() {
 	(umask 077 && openssl rand -hex 32 > "$1")

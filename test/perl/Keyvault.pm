@@ -31,11 +31,12 @@ sub new_master_key
 	return $path;
 }
 
-# A node with keyvault preloaded; started, with the extension in postgres, unless init_only.
+# A node with keyvault preloaded, of another PostgreSQL with install_path; started, with the extension in postgres,
+# unless init_only.
 sub new_node
 {
 	my ($name, %option) = @_;
-	my $node = PostgreSQL::Test::Cluster->new($name);
+	my $node = PostgreSQL::Test::Cluster->new($name, $option{install_path} ? (install_path => $option{install_path}) : ());
 	$node->init(%{ $option{init} // {} });
 	# No test waits for ever for a lock.
 	$node->append_conf('postgresql.conf', "shared_preload_libraries = 'keyvault'\nstatement_timeout = '90s'\n");
