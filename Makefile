@@ -30,7 +30,13 @@ $(DATA_built): $(SQL_PARTS) keyvault.control
 
 $(OBJS): $(wildcard src/*.h src/*/*.h) keyvault.control
 
-.PHONY: demo bench lint format
+# The bundle for PGXN: what is committed, but for what .gitattributes leaves out.
+DIST_TREE =
+DIST_DIR = .
+dist:
+	git archive --format=zip --prefix=$(EXTENSION)-$(EXTVERSION)/ -o $(DIST_DIR)/$(EXTENSION)-$(EXTVERSION).zip $(or $(DIST_TREE),HEAD)
+
+.PHONY: demo bench lint format dist
 
 demo:
 	./script/demo
