@@ -47,7 +47,7 @@ CREATE TABLE keyvault.api_keys (
     name         text COLLATE "C" NOT NULL DEFAULT 'default' CHECK (octet_length(name) BETWEEN 1 AND 63),
     ciphertext   bytea NOT NULL CHECK (octet_length(ciphertext) BETWEEN 100 AND 8192),
     hint         text NOT NULL,
-    fingerprint  bytea NOT NULL CHECK (octet_length(fingerprint) = 16),
+    fingerprint  bytea CHECK (octet_length(fingerprint) = 16),
     source       text NOT NULL DEFAULT 'user' CHECK (source IN ('user', 'platform')),
     status       text NOT NULL DEFAULT 'active' CHECK (status IN ('active', 'failed')),
     expires_at   timestamptz,
@@ -56,14 +56,17 @@ CREATE TABLE keyvault.api_keys (
     rotated_at   timestamptz,
     created_at   timestamptz NOT NULL DEFAULT now(),
     updated_at   timestamptz NOT NULL DEFAULT now(),
+    problem      text,
     PRIMARY KEY (user_id, id),
     CONSTRAINT api_keys_user_id_provider_name_key UNIQUE (user_id, provider, name)
 );
 ALTER TABLE keyvault.api_keys ALTER COLUMN ciphertext SET STORAGE EXTERNAL;
+CREATE INDEX api_keys_boxes ON keyvault.api_keys (user_id, id) WHERE fingerprint IS NULL;
 COMMENT ON TABLE keyvault.api_keys IS 'Provider keys that users handed over, encrypted. The user '''' is the platform.';
-COMMENT ON COLUMN keyvault.api_keys.ciphertext IS 'Secret record: see "Formats" in doc/keyvault.md.';
+COMMENT ON COLUMN keyvault.api_keys.ciphertext IS 'Secret record, or a sealed box that the worker has yet to make a record of: see "Formats" in doc/keyvault.md.';
 COMMENT ON COLUMN keyvault.api_keys.hint IS 'Enough of the key for its owner to recognise it: at most three first and four last characters.';
-COMMENT ON COLUMN keyvault.api_keys.fingerprint IS 'Keyed hash under the user''s own data key: equal for equal keys of one user, and only there.';
+COMMENT ON COLUMN keyvault.api_keys.fingerprint IS 'Keyed hash under the user''s own data key: equal for equal keys of one user, and only there. NULL for a sealed box.';
+COMMENT ON COLUMN keyvault.api_keys.problem IS 'Why a sealed box could not be opened, or a test of the key said nothing about it.';
 COMMENT ON COLUMN keyvault.api_keys.status IS 'active; failed: the provider refused it when it was last used.';
 COMMENT ON COLUMN keyvault.api_keys.rotated_at IS 'When the value last changed.';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.api_keys', '');
@@ -110,7 +113,8 @@ CREATE VIEW keyvault.api_key_status WITH (security_invoker = true, security_barr
 SELECT k.user_id, k.provider, k.name, k.hint, k.status, k.source, k.id,
        k.expires_at, k.last_used_at, k.last_verified_at, k.rotated_at, k.created_at,
        coalesce(m.calls, 0) AS calls_this_month,
-       coalesce(m.cost_usd, 0) AS cost_usd_this_month
+       coalesce(m.cost_usd, 0) AS cost_usd_this_month,
+       k.problem
   FROM keyvault.api_keys k
   LEFT JOIN LATERAL (
        SELECT count(*) AS calls, sum(r.cost_usd) AS cost_usd

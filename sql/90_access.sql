@@ -6,7 +6,7 @@ CREATE FUNCTION keyvault._access_statements(access text) RETURNS SETOF text
 AS $$
 DECLARE
     app_functions text[] := '{act_as, upsert_user, set_plan, uuidv7, _debit_tag}';
-    user_functions text[] := '{store_api_key, user_api_keys, user_api_key, delete_api_key, request, response, wait_response, call, cancel_request}';
+    user_functions text[] := '{store_api_key, sealing_key, store_sealed_api_key, user_api_keys, user_api_key, delete_api_key, request, response, wait_response, call, cancel_request}';
     every_function text[] := '{current_user_id, _may_act_for_any_user, _may_read_all_usage, _may_administer, _period_bound, _period_number}';
     admin_functions text[] := '{upsert_user, set_plan, store_platform_key}';
     routines text[];
@@ -34,7 +34,7 @@ BEGIN
     END IF;
     IF access IN ('app', 'user', 'admin') THEN
         RETURN NEXT 'SELECT (user_id, id, provider, name, hint, source, status, expires_at, last_used_at, last_verified_at, rotated_at, '
-                 || 'created_at, updated_at) ON keyvault.api_keys';
+                 || 'created_at, updated_at, problem) ON keyvault.api_keys';
         RETURN NEXT 'SELECT ON keyvault.api_key_status';
     END IF;
     IF access = 'app' THEN

@@ -11,6 +11,7 @@
 #include "credit/debit.h"
 #include "credit/partition_restore.h"
 #include "crypto/record_key_cache.h"
+#include "crypto/reveal.h"
 #include "fmgr.h"
 #include "gateway/database_drop.h"
 #include "gateway/launcher.h"
@@ -35,6 +36,7 @@ typedef struct KvModule
 static const KvModule modules[] = {
 	{"settings", kv_settings_init},
 	{"redaction", kv_redaction_init},
+	{"reveal", kv_reveal_init},
 	{"record key cache", kv_record_key_cache_init, kv_record_key_cache_shmem_size, kv_record_key_cache_shmem_init},
 	{"call keys", NULL, kv_call_key_shmem_size, kv_call_key_shmem_init},
 	{"debit", kv_debit_init},

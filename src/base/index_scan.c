@@ -34,9 +34,23 @@ relation_in_schema(const char *name, Oid schema)
 	return relation;
 }
 
+static RegProcedure
+equality_of(Oid type)
+{
+	switch (type)
+	{
+		case UUIDOID:
+			return F_UUID_EQ;
+		case BYTEAOID:
+			return F_BYTEAEQ;
+		default:
+			return F_TEXTEQ;
+	}
+}
+
 /*
- * Begin a scan for rows whose leading index columns equal keys, each of type text or
- * uuid, under the active snapshot.
+ * Begin a scan for rows whose leading index columns equal keys, each of type text,
+ * uuid or bytea, under the active snapshot.
  */
 void
 kv_index_scan_begin(KvIndexScan *scan, const char *table, const char *index,
@@ -51,7 +65,7 @@ kv_index_scan_begin(KvIndexScan *scan, const char *table, const char *index,
 	for (int i = 0; i < nkeys; i++)
 		ScanKeyEntryInitialize(&conditions[i], 0, i + 1, BTEqualStrategyNumber, InvalidOid,
 							   scan->index->rd_indcollation[i],
-							   keytypes[i] == UUIDOID ? F_UUID_EQ : F_TEXTEQ, keys[i]);
+							   equality_of(keytypes[i]), keys[i]);
 	scan->slot = table_slot_create(scan->table, NULL);
 	scan->descriptor = KvIndexBeginScan(scan->table, scan->index, GetActiveSnapshot(), nkeys);
 	index_rescan(scan->descriptor, conditions, nkeys, NULL, 0);

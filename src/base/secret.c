@@ -14,6 +14,15 @@
 #include "base/error.h"
 #include "utils/memutils.h"
 
+/* The pages of this process; it maps few, each once. */
+#define PAGES_MAX 16
+static struct
+{
+	void	   *memory;
+	Size		length;
+}			pages[PAGES_MAX];
+static int	n_pages = 0;
+
 typedef struct SecretBuffer
 {
 	MemoryContextCallback callback;
@@ -69,5 +78,18 @@ kv_secret_page(Size length)
 	(void) madvise(page, length, MADV_DONTDUMP);
 #endif
 	(void) mlock(page, length);
+	if (n_pages == PAGES_MAX)
+		ereport(ERROR,
+				(errcode(ERRCODE_INTERNAL_ERROR), errmsg("too many pages for secrets")));
+	pages[n_pages].memory = page;
+	pages[n_pages++].length = length;
 	return page;
+}
+
+/* Overwrite all that this process keeps in such pages with zeros. */
+void
+kv_secret_wipe_pages(void)
+{
+	for (int i = 0; i < n_pages; i++)
+		kv_secret_wipe(pages[i].memory, pages[i].length);
 }

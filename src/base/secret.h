@@ -11,5 +11,6 @@
 extern void kv_secret_wipe(void *memory, Size length);
 extern void *kv_secret_alloc(Size length);
 extern void *kv_secret_page(Size length);
+extern void kv_secret_wipe_pages(void);
 
 #endif

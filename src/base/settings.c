@@ -26,6 +26,8 @@ char	   *kv_vault_transit_key = NULL;
 char	   *kv_vault_ca_file = NULL;
 char	   *kv_vault_namespace = NULL;
 int			kv_record_key_cache_size = 16384;
+bool		kv_reveal = true;
+int			kv_sealing_key_lifetime = 90 * 24 * 60 * 60;
 bool		kv_create_users = true;
 bool		kv_redact_logs = true;
 char	   *kv_databases = NULL;
@@ -94,6 +96,33 @@ define_master_key_settings(void)
 							NULL, &kv_record_key_cache_size, 16384, 0, 1048576, PGC_POSTMASTER, 0, NULL, NULL, NULL);
 }
 
+static void (*on_reveal_off) (void) = NULL;
+
+/* Have a function called when a reload turns keyvault.reveal off. It must not throw. */
+void
+kv_settings_on_reveal_off(void (*callback) (void))
+{
+	on_reveal_off = callback;
+}
+
+static void
+assign_reveal(bool newval, void *extra)
+{
+	if (!newval && on_reveal_off)
+		on_reveal_off();
+}
+
+static void
+define_key_settings(void)
+{
+	DefineCustomBoolVariable("keyvault.reveal",
+							 "Lets those who may read a key read it; off, only the worker can open keys.",
+							 NULL, &kv_reveal, true, PGC_SIGHUP, 0, NULL, assign_reveal, NULL);
+	DefineCustomIntVariable("keyvault.sealing_key_lifetime",
+							"Age at which the key that clients seal to gets a successor; boxes for it are taken for twice as long.",
+							NULL, &kv_sealing_key_lifetime, 90 * 24 * 60 * 60, 60, INT_MAX, PGC_SIGHUP, GUC_UNIT_S, NULL, NULL, NULL);
+}
+
 /* HashiCorp Vault or OpenBao: for a master key wrapped by Transit, and for references to its secrets. */
 static void
 define_vault_settings(void)
@@ -158,6 +187,7 @@ kv_settings_init(void)
 {
 	define_identity_settings();
 	define_master_key_settings();
+	define_key_settings();
 	define_vault_settings();
 	define_worker_settings();
 	MarkGUCPrefixReserved("keyvault");

@@ -11,6 +11,9 @@
 /* The longest user_id, in bytes. The tables' CHECK says the same. */
 #define KV_USER_ID_MAX 255
 
+/* Owner of the platform's own keys: no identity can be the empty string. */
+#define KV_PLATFORM_USER ""
+
 extern char *kv_user_id;
 extern char *kv_master_key_file;
 extern bool kv_allow_master_key_in_data_directory;
@@ -22,6 +25,8 @@ extern char *kv_vault_transit_key;
 extern char *kv_vault_ca_file;
 extern char *kv_vault_namespace;
 extern int	kv_record_key_cache_size;
+extern bool kv_reveal;
+extern int	kv_sealing_key_lifetime;
 extern bool kv_create_users;
 extern bool kv_redact_logs;
 extern char *kv_databases;
@@ -36,5 +41,6 @@ extern int	kv_max_response_size;
 extern int	kv_worker_idle_timeout;
 
 extern void kv_settings_init(void);
+extern void kv_settings_on_reveal_off(void (*callback) (void));
 
 #endif

@@ -18,6 +18,7 @@
 #include "base/error.h"
 #include "base/secret.h"
 #include "base/settings.h"
+#include "crypto/reveal.h"
 #include "miscadmin.h"
 #include "storage/fd.h"
 #include "utils/builtins.h"
@@ -147,6 +148,7 @@ load_key_file(const char *path)
 const KvMasterKey *
 kv_master_key_get(void)
 {
+	kv_reveal_require();
 	if (loaded_from == NULL || loaded_at != PgReloadTime || strcmp(loaded_from, kv_master_key_file) != 0)
 	{
 		if (kv_master_key_file[0] == '\0')

@@ -39,6 +39,7 @@ PG_FUNCTION_INFO_V1(keyvault_wait_response);
 PG_FUNCTION_INFO_V1(keyvault_call);
 PG_FUNCTION_INFO_V1(keyvault_cancel_request);
 PG_FUNCTION_INFO_V1(keyvault_wake_worker);
+PG_FUNCTION_INFO_V1(keyvault_wake_worker_now);
 
 /* Where request() and call() have their arguments: call() has response between body and path. */
 typedef struct ArgumentOrder
@@ -387,5 +388,12 @@ Datum
 keyvault_wake_worker(PG_FUNCTION_ARGS)
 {
 	kv_worker_wake_at_commit();
+	PG_RETURN_VOID();
+}
+
+Datum
+keyvault_wake_worker_now(PG_FUNCTION_ARGS)
+{
+	kv_worker_wake(MyDatabaseId);
 	PG_RETURN_VOID();
 }

@@ -28,6 +28,7 @@ typedef struct KvWorker
 	TimestampTz next_retry;		/* when a queued request becomes due */
 	TimestampTz idle_since;
 	TimestampTz maintained;
+	TimestampTz boxes_due;		/* when to open sealed keys again */
 } KvWorker;
 
 extern void kv_turn_begin(const char *activity);

@@ -17,6 +17,7 @@
 #include "base/settings.h"
 #include "commands/dbcommands.h"
 #include "commands/extension.h"
+#include "crypto/reveal.h"
 #include "gateway/call.h"
 #include "gateway/claim.h"
 #include "gateway/transfer.h"
@@ -33,7 +34,10 @@
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 #include "utils/varlena.h"
+#include "vault/sealed_key.h"
 #include "utils/wait_event.h"
+
+#define BOXES_AT_ONCE 100
 
 #define MAINTENANCE_EVERY_MS (6 * 60 * 60 * 1000)
 
@@ -92,6 +96,44 @@ maintain(KvWorker *worker)
 	MemoryContextReset(worker->turn_context);
 }
 
+/* Make records of sealed keys; when that is not possible, for want of a master key, another time. */
+static void
+open_boxes(KvWorker *worker)
+{
+	char	   *message;
+
+	PG_TRY();
+	{
+		kv_turn_begin("opening sealed keys");
+		if (kv_sealed_key_convert(BOXES_AT_ONCE) == BOXES_AT_ONCE)
+			worker->boxes_due = 0;
+		else
+			TIMESTAMP_NOEND(worker->boxes_due);
+		kv_turn_end();
+	}
+	PG_CATCH();
+	{
+		int			code = kv_turn_roll_back(worker->turn_context, &message);
+
+		if (!kv_turn_error_may_pass(code))
+			ereport(WARNING,
+					(errcode(code), errmsg("sealed keys cannot be opened: %s", message),
+					 errhint("The worker tries again in a minute, and after a reload.")));
+		worker->boxes_due = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), kv_turn_error_may_pass(code) ? 500 : 60000);
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(worker->context);
+	MemoryContextReset(worker->turn_context);
+}
+
+/* Are there sealed keys to open? With keyvault.reveal off every wake-up may be about one. */
+static bool
+boxes_are_due(const KvWorker *worker)
+{
+	return worker->boxes_due <= GetCurrentTimestamp() ||
+		(!kv_reveal && worker->look && TIMESTAMP_IS_NOEND(worker->boxes_due));
+}
+
 static void
 sooner(TimestampTz now, TimestampTz when, long *timeout_ms)
 {
@@ -132,6 +174,7 @@ wait_for_work(KvWorker *worker)
 	long		timeout_ms = kv_transfer_pool_timeout(worker->pool);
 
 	sooner(now, worker->next_retry, &timeout_ms);
+	sooner(now, worker->boxes_due, &timeout_ms);
 	sooner(now, next_settlement(worker), &timeout_ms);
 	if (is_idle(worker))
 		sooner(now, TimestampTzPlusMilliseconds(worker->idle_since, kv_worker_idle_timeout), &timeout_ms);
@@ -193,6 +236,7 @@ serve_interrupts(KvWorker *worker)
 		leave_if_not_served();
 		kv_transfer_pool_configure(worker->pool, kv_per_host_connections, kv_max_concurrent_requests);
 		worker->look = true;
+		worker->boxes_due = 0;
 	}
 }
 
@@ -218,7 +262,7 @@ turn_is_due(KvWorker *worker)
 	if (wakeups != worker->wakeups)
 		worker->look = true;
 	worker->wakeups = wakeups;
-	return worker->look || worker->next_retry <= now || next_settlement(worker) <= now;
+	return worker->look || worker->boxes_due <= now || worker->next_retry <= now || next_settlement(worker) <= now;
 }
 
 /* Connect, and leave again where there is nothing to do. */
@@ -267,6 +311,7 @@ keyvault_worker_main(Datum arg)
 {
 	KvWorker	worker = {0};
 
+	kv_reveal_become_keeper();
 	start_up(&worker, DatumGetObjectId(arg));
 	find_lost_calls(&worker);
 	for (;;)
@@ -276,7 +321,11 @@ keyvault_worker_main(Datum arg)
 			maintain(&worker);
 		collect_ended(&worker);
 		if (turn_is_due(&worker))
+		{
+			if (boxes_are_due(&worker))
+				open_boxes(&worker);
 			kv_turn_take(&worker);
+		}
 		leave_if_idle(&worker);
 		wait_for_work(&worker);
 	}

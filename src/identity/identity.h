@@ -10,9 +10,6 @@
 
 #include "fmgr.h"
 
-/* Owner of the platform's own keys: no identity can be the empty string. */
-#define KV_PLATFORM_USER ""
-
 extern const char *kv_identity_current(void);
 extern bool kv_identity_acts_for_any_user(void);
 extern bool kv_identity_role_acts_for_any_user(Oid role);

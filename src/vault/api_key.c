@@ -15,6 +15,7 @@
 #include "base/owner_spi.h"
 #include "base/redaction.h"
 #include "base/secret.h"
+#include "base/settings.h"
 #include "catalog/pg_type.h"
 #include "fmgr.h"
 #include "identity/identity.h"

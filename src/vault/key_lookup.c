@@ -16,6 +16,8 @@
 #include "base/redaction.h"
 #include "catalog/pg_type.h"
 #include "crypto/envelope.h"
+#include "crypto/reveal.h"
+#include "crypto/sealed_box.h"
 #include "fmgr.h"
 #include "identity/identity.h"
 #include "utils/builtins.h"
@@ -23,6 +25,7 @@
 #include "utils/timestamp.h"
 #include "vault/api_key.h"
 #include "vault/key_row.h"
+#include "vault/sealed_key.h"
 
 PG_FUNCTION_INFO_V1(keyvault_user_api_keys);
 PG_FUNCTION_INFO_V1(keyvault_user_api_key);
@@ -57,9 +60,12 @@ open_row(KvIndexScan *scan, const char *user_id, const char *provider)
 {
 	bool		isnull;
 	KvSecretName name = {.provider = provider,.purpose = KV_API_KEY_PURPOSE};
+	bytea	   *stored = DatumGetByteaPP(kv_index_scan_value(scan, API_KEYS_CIPHERTEXT, &isnull));
 
+	if (kv_sealed_box_is(stored))
+		return kv_sealed_key_open(user_id, provider, stored);
 	name.id = *DatumGetUUIDP(kv_index_scan_value(scan, API_KEYS_ID, &isnull));
-	return kv_envelope_open(user_id, &name, DatumGetByteaPP(kv_index_scan_value(scan, API_KEYS_CIPHERTEXT, &isnull)));
+	return kv_envelope_open(user_id, &name, stored);
 }
 
 static void
@@ -107,6 +113,7 @@ keyvault_user_api_key(PG_FUNCTION_ARGS)
 	bool		found;
 
 	kv_redaction_mark_statement();
+	kv_reveal_require();
 	kv_argument_require(fcinfo, 2, "name");
 	kv_index_scan_begin(&scan, "api_keys", "api_keys_user_id_provider_name_key", 3, keys, types);
 	found = kv_index_scan_next(&scan, ForwardScanDirection);
@@ -143,6 +150,7 @@ keyvault_user_api_keys(PG_FUNCTION_ARGS)
 	bool		isnull;
 
 	kv_redaction_mark_statement();
+	kv_reveal_require();
 	pushJsonbValue(&state, WJB_BEGIN_OBJECT, NULL);
 	kv_index_scan_begin(&scan, "api_keys", "api_keys_user_id_provider_name_key", 1, &key, &type);
 	while (kv_index_scan_next(&scan, ForwardScanDirection))

@@ -16,6 +16,9 @@
 #include "base/uuid.h"
 #include "catalog/pg_type.h"
 #include "crypto/envelope.h"
+#include "crypto/reveal.h"
+#include "crypto/sealing_key.h"
+#include "crypto/vault_id.h"
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
 #include "vault/key_shape.h"
@@ -81,40 +84,104 @@ ensure_user(const char *user_id, bool may_create)
 		kv_statement_execute(&ensure, values, NULL);
 }
 
-/*
- * Seal a key, whose shape was checked, and write its row; returns the row's id, the one it
- * had if it is replaced. Call between kv_owner_begin and kv_owner_end.
- */
-pg_uuid_t
-kv_key_row_write(const KvNewKey *key)
+/* Write a row with what has been sealed; without a fingerprint that is a box. */
+static void
+write_row(const KvNewKey *key, const pg_uuid_t *id, bytea *ciphertext, bytea *fingerprint)
 {
 	static KvStatement upsert = {
 		"INSERT INTO keyvault.api_keys AS k (user_id, id, provider, name, ciphertext, hint, fingerprint, source, expires_at)"
 		" VALUES ($1, $2, $3, $4, $5, $6, $7, CASE $1 WHEN '' THEN 'platform' ELSE 'user' END, $8)"
 		" ON CONFLICT (user_id, provider, name) DO UPDATE"
 		" SET id = EXCLUDED.id, ciphertext = EXCLUDED.ciphertext, hint = EXCLUDED.hint, fingerprint = EXCLUDED.fingerprint,"
-		" expires_at = EXCLUDED.expires_at, status = 'active', updated_at = now(),"
+		" expires_at = EXCLUDED.expires_at, status = 'active', problem = NULL, updated_at = now(),"
+		" last_verified_at = CASE WHEN k.fingerprint = EXCLUDED.fingerprint THEN k.last_verified_at END,"
 		" rotated_at = CASE WHEN k.fingerprint = EXCLUDED.fingerprint THEN k.rotated_at ELSE now() END",
 		8, {TEXTOID, UUIDOID, TEXTOID, TEXTOID, BYTEAOID, TEXTOID, BYTEAOID, TIMESTAMPTZOID}
 	};
-	KvDataKey  *data_key;
-	KvSecretName secret = {.provider = key->provider,.purpose = KV_API_KEY_PURPOSE};
-	bytea	   *fingerprint;
 	Datum		values[8];
+	char		nulls[9] = "        ";
 
-	ensure_user(key->user_id, key->may_create_user);
-	data_key = kv_data_key_ensure(key->user_id);
-	secret.id = *id_for(key);
-	fingerprint = kv_key_row_fingerprint(data_key, key->secret);
 	values[0] = CStringGetTextDatum(key->user_id);
-	values[1] = UUIDPGetDatum(&secret.id);
+	values[1] = UUIDPGetDatum(id);
 	values[2] = CStringGetTextDatum(key->provider);
 	values[3] = CStringGetTextDatum(key->name);
-	values[4] = PointerGetDatum(kv_envelope_seal(data_key, &secret, key->secret, strlen(key->secret)));
-	values[5] = CStringGetTextDatum(kv_key_shape_hint(key->secret));
+	values[4] = PointerGetDatum(ciphertext);
+	values[5] = CStringGetTextDatum(kv_key_shape_hint(key->secret ? key->secret : ""));
 	values[6] = PointerGetDatum(fingerprint);
+	nulls[6] = fingerprint ? ' ' : 'n';
 	values[7] = TimestampTzGetDatum(key->expires_at);
-	kv_statement_execute(&upsert, values, key->expires ? NULL : "       n");
-	notice_duplicate(key, &secret.id, fingerprint);
-	return secret.id;
+	nulls[7] = key->expires ? ' ' : 'n';
+	kv_statement_execute(&upsert, values, nulls);
+}
+
+/* Keep a key where this process may not open keys: as a box, which the worker makes a record. */
+static void
+write_box(const KvNewKey *key, const pg_uuid_t *id)
+{
+	static KvStatement wake = {"SELECT keyvault._wake_worker()", 0};
+	KvBoxBinding binding = {.label = KV_BOX_LABEL,.user_id = key->user_id,.context = key->provider};
+	KvBoxKey	box_key;
+	bytea	   *box = key->box;
+
+	if (box == NULL)
+	{
+		kv_sealing_key_ensure(&box_key);
+		kv_vault_id_get(&binding.vault_id);
+		box = kv_sealed_box_seal(&box_key, &binding, key->secret, strlen(key->secret));
+	}
+	write_row(key, id, box, NULL);
+	kv_statement_execute(&wake, NULL, NULL);
+}
+
+static bytea *
+seal_record(const KvDataKey *data_key, const pg_uuid_t *id, const char *provider, const char *secret)
+{
+	KvSecretName name = {.id = *id,.provider = provider,.purpose = KV_API_KEY_PURPOSE};
+
+	return kv_envelope_seal(data_key, &name, secret, strlen(secret));
+}
+
+/*
+ * Seal a key, whose shape was checked if it is known, and write its row; returns the row's
+ * id, the one it had if it is replaced. Call between kv_owner_begin and kv_owner_end.
+ */
+pg_uuid_t
+kv_key_row_write(const KvNewKey *key)
+{
+	KvDataKey  *data_key;
+	bytea	   *fingerprint;
+	pg_uuid_t	id;
+
+	ensure_user(key->user_id, key->may_create_user);
+	if (!kv_reveal_may_open())
+	{
+		id = *id_for(key);
+		write_box(key, &id);
+		return id;
+	}
+	data_key = kv_data_key_ensure(key->user_id);
+	id = *id_for(key);
+	fingerprint = kv_key_row_fingerprint(data_key, key->secret);
+	write_row(key, &id, seal_record(data_key, &id, key->provider, key->secret), fingerprint);
+	notice_duplicate(key, &id, fingerprint);
+	return id;
+}
+
+/* Make a record of a row that holds a box, whose secret was opened and checked. Call between kv_owner_begin and kv_owner_end. */
+void
+kv_key_row_convert(const char *user_id, const pg_uuid_t *id, const char *provider, const char *secret)
+{
+	static KvStatement update = {
+		"UPDATE keyvault.api_keys SET ciphertext = $3, hint = $4, fingerprint = $5, problem = NULL"
+		" WHERE user_id = $1 AND id = $2", 5, {TEXTOID, UUIDOID, BYTEAOID, TEXTOID, BYTEAOID}
+	};
+	KvDataKey  *data_key = kv_data_key_ensure(user_id);
+	Datum		values[5];
+
+	values[0] = CStringGetTextDatum(user_id);
+	values[1] = UUIDPGetDatum(id);
+	values[2] = PointerGetDatum(seal_record(data_key, id, provider, secret));
+	values[3] = CStringGetTextDatum(kv_key_shape_hint(secret));
+	values[4] = PointerGetDatum(kv_key_row_fingerprint(data_key, secret));
+	kv_statement_execute(&update, values, NULL);
 }

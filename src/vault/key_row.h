@@ -21,13 +21,15 @@ typedef struct KvNewKey
 	const char *user_id;
 	const char *provider;
 	const char *name;
-	const char *secret;
+	const char *secret;			/* NULL when only the box is known */
+	bytea	   *box;			/* the secret as the client sealed it, or NULL */
 	bool		may_create_user;
 	bool		expires;
 	TimestampTz expires_at;
 } KvNewKey;
 
 extern pg_uuid_t kv_key_row_write(const KvNewKey *key);
+extern void kv_key_row_convert(const char *user_id, const pg_uuid_t *id, const char *provider, const char *secret);
 extern bytea *kv_key_row_fingerprint(const KvDataKey *data_key, const char *secret);
 
 #endif

@@ -1,0 +1,19 @@
+/*-------------------------------------------------------------------------
+ * sealing_key.h
+ *		The vault's own pairs of keys, to which clients seal API keys.
+ *-------------------------------------------------------------------------
+ */
+#ifndef KV_SEALING_KEY_H
+#define KV_SEALING_KEY_H
+
+#include "postgres.h"
+
+#include "crypto/sealed_box.h"
+
+extern bool kv_sealing_key_newest(KvBoxKey *key);
+extern void kv_sealing_key_make(void);
+extern void kv_sealing_key_ensure(KvBoxKey *key);
+extern bool kv_sealing_key_is_accepted(const bytea *box);
+extern char *kv_sealing_key_open_box(const char *label, const char *user_id, const char *context, const bytea *box, Size *length);
+
+#endif

@@ -1,0 +1,221 @@
+/*-------------------------------------------------------------------------
+ * sealed_key.c
+ *		API keys that a client sealed, so that their plaintext never reaches SQL.
+ *
+ * A box is taken once: its digest is kept as long as its sealing key. Otherwise whoever
+ * saw an old box could put a key back that was replaced or deleted since.
+ *
+ * Where this process may not open keys, the box itself is kept, and the worker makes a
+ * record of it; the worker also makes the sealing key then.
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "vault/sealed_key.h"
+
+#include "access/xact.h"
+#include "base/argument.h"
+#include "base/error.h"
+#include "base/owner_spi.h"
+#include "base/pg_version.h"
+#include "base/redaction.h"
+#include "base/settings.h"
+#include "catalog/pg_type.h"
+#include "crypto/reveal.h"
+#include "crypto/sealing_key.h"
+#include "fmgr.h"
+#include "identity/identity.h"
+#include "utils/builtins.h"
+#include "utils/jsonb.h"
+#include "vault/api_key.h"
+#include "vault/key_row.h"
+#include "vault/key_shape.h"
+
+PG_FUNCTION_INFO_V1(keyvault_sealing_key);
+PG_FUNCTION_INFO_V1(keyvault_store_sealed_api_key);
+
+/* version, key id, public key, iv and tag */
+#define BOX_OVERHEAD (1 + KV_BOX_KEY_ID_SIZE + KV_BOX_PUBLIC_KEY_SIZE + KV_NONCE_SIZE + KV_TAG_SIZE)
+
+Datum
+keyvault_sealing_key(PG_FUNCTION_ARGS)
+{
+	static KvStatement describe = {"SELECT keyvault._describe_sealing_key($1)", 1, {BYTEAOID}};
+	MemoryContext context = CurrentMemoryContext;
+	MemoryContext old;
+	bytea	   *key_id;
+	KvBoxKey	key;
+	Datum		value;
+	Jsonb	   *description;
+	KvOwnerScope scope;
+	bool		isnull;
+
+	kv_owner_begin(&scope);
+	kv_sealing_key_ensure(&key);
+	key_id = palloc(VARHDRSZ + KV_BOX_KEY_ID_SIZE);
+	SET_VARSIZE(key_id, VARHDRSZ + KV_BOX_KEY_ID_SIZE);
+	memcpy(VARDATA(key_id), key.id, KV_BOX_KEY_ID_SIZE);
+	value = PointerGetDatum(key_id);
+	value = kv_statement_value(&describe, &value, NULL, &isnull);
+	old = MemoryContextSwitchTo(context);
+	description = DatumGetJsonbPCopy(value);
+	MemoryContextSwitchTo(old);
+	kv_owner_end(&scope);
+	PG_RETURN_JSONB_P(description);
+}
+
+/* Open a box that was made for a user's key. Returns it in secret memory; NULL when it does not open. Error: KV004. */
+char *
+kv_sealed_key_open(const char *user_id, const char *provider, const bytea *box)
+{
+	Size		length;
+	char	   *secret;
+
+	if (!kv_sealed_box_looks_right(box))
+		return NULL;
+	secret = kv_sealing_key_open_box(KV_BOX_LABEL, user_id, provider, box, &length);
+	return secret && strlen(secret) == length ? secret : NULL;
+}
+
+/* Error 22023 unless it can be a box at all. */
+static bytea *
+required_box(FunctionCallInfo fcinfo, int argument)
+{
+	bytea	   *box;
+
+	kv_argument_require(fcinfo, argument, "sealed");
+	box = PG_GETARG_BYTEA_PP(argument);
+	if (VARSIZE_ANY_EXHDR(box) < BOX_OVERHEAD + KV_KEY_LENGTH_MIN || VARSIZE_ANY_EXHDR(box) > BOX_OVERHEAD + KV_KEY_LENGTH_MAX)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("sealed is not a sealed key"),
+				 errdetail("It is %d bytes long; a sealed key has %d to %d.", (int) VARSIZE_ANY_EXHDR(box),
+						   BOX_OVERHEAD + KV_KEY_LENGTH_MIN, BOX_OVERHEAD + KV_KEY_LENGTH_MAX),
+				 errhint("Seal the key as \"Sealed box\" in doc/keyvault.md says, and pass the bytes.")));
+	return box;
+}
+
+static void
+raise_unopenable(const char *detail)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_KV_SECRET_UNREADABLE),
+			 errmsg("sealed key cannot be opened"),
+			 errdetail("%s", detail),
+			 errhint("Fetch keyvault.sealing_key(), seal the key for this user and this provider, and send it once.")));
+}
+
+/* Error KV005 when the box was taken before. Call between kv_owner_begin and kv_owner_end. */
+static void
+refuse_replay(const char *user_id, bytea *box)
+{
+	static KvStatement note = {
+		"INSERT INTO keyvault.sealed_boxes (user_id, digest, key_id) VALUES ($1, sha256($2), substr($2, 2, 4))"
+		" ON CONFLICT DO NOTHING", 2, {TEXTOID, BYTEAOID}
+	};
+	Datum		values[2] = {CStringGetTextDatum(user_id), PointerGetDatum(box)};
+
+	if (kv_statement_execute(&note, values, NULL) == 0)
+		raise_unopenable("It was stored before, and is taken only once.");
+}
+
+/* Check as much of a box as this process may, and open it if it may. Call between kv_owner_begin and kv_owner_end. */
+static char *
+take_box(const char *user_id, const char *provider, const bytea *box)
+{
+	char	   *secret;
+
+	if (!kv_sealed_box_looks_right(box))
+		raise_unopenable("It is no sealed key of this format.");
+	if (!kv_sealing_key_is_accepted(box))
+		raise_unopenable("It is sealed to a key that this vault does not have, or no longer takes.");
+	if (!kv_reveal_may_open())
+		return NULL;
+	secret = kv_sealed_key_open(user_id, provider, box);
+	if (secret == NULL)
+		raise_unopenable("It was altered, or sealed for another user, provider or vault.");
+	kv_key_shape_check(secret, strlen(secret), provider);
+	return secret;
+}
+
+Datum
+keyvault_store_sealed_api_key(PG_FUNCTION_ARGS)
+{
+	KvNewKey	key = {0};
+	pg_uuid_t  *id = palloc(sizeof(pg_uuid_t));
+	KvOwnerScope scope;
+
+	kv_redaction_mark_statement();
+	key.provider = kv_argument_text(fcinfo, 0, "provider");
+	key.box = required_box(fcinfo, 1);
+	key.name = kv_api_key_name(fcinfo, 2);
+	key.user_id = kv_identity_resolve(fcinfo, 3);
+	key.may_create_user = kv_identity_acts_for_any_user();
+
+	kv_owner_begin(&scope);
+	kv_api_key_require_provider(key.provider);
+	key.secret = take_box(key.user_id, key.provider, key.box);
+	*id = kv_key_row_write(&key);
+	refuse_replay(key.user_id, key.box);
+	kv_owner_end(&scope);
+	PG_RETURN_UUID_P(id);
+}
+
+/* Mark a box that cannot become a record. */
+static void
+mark_failed(Datum user_id, Datum id, const char *problem)
+{
+	static KvStatement fail = {
+		"UPDATE keyvault.api_keys SET status = 'failed', problem = $3 WHERE user_id = $1 AND id = $2",
+		3, {TEXTOID, UUIDOID, TEXTOID}
+	};
+	Datum		values[3] = {user_id, id, CStringGetTextDatum(problem)};
+
+	kv_statement_execute(&fail, values, NULL);
+}
+
+static void
+convert_row(HeapTuple row, TupleDesc tupdesc)
+{
+	bool		isnull;
+	Datum		user_id = SPI_getbinval(row, tupdesc, 1, &isnull);
+	Datum		id = SPI_getbinval(row, tupdesc, 2, &isnull);
+	char	   *user = TextDatumGetCString(user_id);
+	char	   *provider = TextDatumGetCString(SPI_getbinval(row, tupdesc, 3, &isnull));
+	char	   *secret = kv_sealed_key_open(user, provider, DatumGetByteaPP(SPI_getbinval(row, tupdesc, 4, &isnull)));
+	const char *problem = secret ? kv_key_shape_problem(secret, strlen(secret), provider) :
+		"It was altered, or sealed for another user, provider or vault.";
+
+	if (problem)
+		mark_failed(user_id, id, problem);
+	else
+		kv_key_row_convert(user, DatumGetUUIDP(id), provider, secret);
+}
+
+/*
+ * Make records of up to max boxes, and a sealing key where there is none or it is old;
+ * returns how many boxes were looked at. The worker calls it, in a transaction of its own. Error: KV004.
+ */
+int
+kv_sealed_key_convert(int max)
+{
+	static KvStatement find = {
+		"SELECT user_id, id, provider, ciphertext FROM keyvault.api_keys"
+		" WHERE fingerprint IS NULL AND status = 'active' ORDER BY user_id, id LIMIT $1 FOR UPDATE SKIP LOCKED", 1, {INT4OID}
+	};
+	Datum		limit = Int32GetDatum(max);
+	KvBoxKey	newest;
+	KvOwnerScope scope;
+	SPITupleTable *rows;
+	int			n;
+
+	kv_owner_begin(&scope);
+	if (!kv_reveal && !kv_sealing_key_newest(&newest))
+		kv_sealing_key_make();
+	n = (int) kv_statement_execute(&find, &limit, NULL);
+	rows = SPI_tuptable;
+	for (int i = 0; i < n; i++)
+		convert_row(rows->vals[i], rows->tupdesc);
+	kv_owner_end(&scope);
+	return n;
+}

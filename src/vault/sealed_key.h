@@ -1,0 +1,14 @@
+/*-------------------------------------------------------------------------
+ * sealed_key.h
+ *		API keys that a client sealed, so that their plaintext never reaches SQL.
+ *-------------------------------------------------------------------------
+ */
+#ifndef KV_SEALED_KEY_H
+#define KV_SEALED_KEY_H
+
+#include "postgres.h"
+
+extern char *kv_sealed_key_open(const char *user_id, const char *provider, const bytea *box);
+extern int	kv_sealed_key_convert(int max);
+
+#endif

@@ -1,0 +1,153 @@
+# keyvault.reveal = off: only the worker can open keys, and all but reading them works.
+use strict;
+use warnings FATAL => 'all';
+no warnings 'portable';		# addresses have 64 bits
+use IPC::Run ();
+use JSON::PP ();
+use MIME::Base64 ();
+use PostgreSQL::Test::Utils;
+use Test::More;
+use Keyvault;
+
+my $port = start_mock();
+my $node = new_node('reveal', conf => "log_statement = all\n");
+$node->safe_psql('postgres', "UPDATE keyvault.providers SET base_url = 'http://127.0.0.1:$port', allowed_host = '127.0.0.1:$port'");
+$node->safe_psql('postgres', "SELECT keyvault.store_api_key('openai', 'sk-stored-while-on-0123456789', user_id => 'before')");
+
+# The key that the stand-in was called with for a text, '' for none.
+sub called_with
+{
+	my ($text) = @_;
+	my ($call) = grep { index($_->{body}, $text) >= 0 } @{ JSON::PP::decode_json(mock_get($port, '/__log')) };
+	return $call ? $call->{headers}{authorization} =~ s/^Bearer //r : '';
+}
+
+sub row_of
+{
+	my ($user) = @_;
+	return $node->safe_psql('postgres', <<"SQL");
+SELECT substr(ciphertext, 1, 1), fingerprint IS NOT NULL, k.hint, k.status, coalesce(problem, '') FROM keyvault.api_keys k WHERE user_id = '$user'
+SQL
+}
+
+# A session that has opened a key while it could.
+my ($in, $out, $err) = ('', '', '');
+my $session = IPC::Run::start([ 'psql', '-XAtq', '-f', '-', '-d', $node->connstr('postgres') ], '<', \$in, '>', \$out, '2>', \$err);
+$in .= "SELECT pg_backend_pid();\nSELECT keyvault.user_api_key('openai', 'before');\n";
+$session->pump until $out =~ /sk-stored/;
+my ($holder) = $out =~ /^(\d+)/;
+set_config($node, 'keyvault.databases', 'none');
+wait_until(sub { worker_pid($node) eq '' }) or die 'the worker stays';
+set_config($node, 'keyvault.reveal', 'off');
+
+# Reading is refused, whoever asks.
+is(state_of($node, "SELECT keyvault.user_api_keys('before')"), '42501', 'user_api_keys is refused');
+is(state_of($node, "SELECT keyvault.user_api_key('openai', 'before')"), '42501', 'user_api_key is refused');
+is(state_of($node, "SELECT keyvault.user_api_keys('nobody_yet')"), '42501', 'for a user without keys, too');
+$in .= "SELECT keyvault.user_api_key('openai', 'before');\n";
+$session->pump until $err =~ /keyvault\.reveal is off/;
+pass('a session that could is refused after the reload');
+
+# Storing works: the row holds a box until the worker has made a record of it.
+is(state_of($node, "SELECT keyvault.store_api_key('openai', 'sk-stored-while-off-0123456789', user_id => 'after')"), 'KV004',
+	'without a worker there is no key to seal to, and the error says so');
+set_config($node, 'keyvault.databases', undef);
+my $box = sealed('boxed', 'sk-sealed-while-off-0123456789');
+set_config($node, 'keyvault.databases', 'none');
+wait_until(sub { worker_pid($node) eq '' }) or die 'the worker stays';
+is(state_of($node, "SELECT keyvault.store_api_key('openai', 'sk-stored-while-off-0123456789', user_id => 'after')"), '', 'a key is stored');
+is(row_of('after'), "\\x01|f|sk-\xe2\x80\xa66789|active|", 'as a box, with its hint');
+is(state_of($node, "SELECT keyvault.store_sealed_api_key('openai', '\\x$box', user_id => 'boxed')"), '', 'a sealed key is stored');
+is(state_of($node, "SELECT keyvault.store_sealed_api_key('openai', '\\x$box', user_id => 'boxed')"), 'KV005', 'once');
+my $bad = sealed('bad', 'sk-ant-another-providers-0123', 'exa');
+is(state_of($node, "SELECT keyvault.store_sealed_api_key('openai', '\\x$bad', user_id => 'bad')"), '', 'so is one that will not open');
+is(state_of($node, "SELECT keyvault.store_api_key('openai', 'sk-ant-another-providers-0123', user_id => 'after')"), 'KV009', 'plain keys are still checked');
+my $call = queue_request($node, 'call', 'with-a-call-key', api_key => "'sk-only-for-this-call-0123456789'");
+is($node->safe_psql('postgres', "SELECT substr(call_key, 1, 2) FROM keyvault.requests WHERE id = '$call'"), '\x4201', 'a key for one call is in a box');
+my @requests = map { queue_request($node, $_, "call-of-$_") } qw(before after boxed);
+set_config($node, 'keyvault.databases', undef);
+ends_as($node, $_, 'done', 'a call is made') foreach $call, @requests;
+is(called_with('with-a-call-key'), 'sk-only-for-this-call-0123456789', 'with the key for this call');
+is(called_with('call-of-before'), 'sk-stored-while-on-0123456789', 'with a key stored before');
+is(called_with('call-of-after'), 'sk-stored-while-off-0123456789', 'with one stored since');
+is(called_with('call-of-boxed'), 'sk-sealed-while-off-0123456789', 'with a sealed one');
+ok(wait_until(sub { row_of('boxed') =~ /^\\x4b\|t/ }), 'the worker makes a record of a box');
+is(row_of('boxed'), "\\x4b|t|sk-\xe2\x80\xa66789|active|", 'with its hint and fingerprint');
+is(row_of('after'), "\\x4b|t|sk-\xe2\x80\xa66789|active|", 'of one that the server sealed, too');
+is(row_of('bad'), "\\x01|f|\xe2\x80\xa6|failed|It was altered, or sealed for another user, provider or vault.", 'one that does not open is marked');
+is($node->safe_psql('postgres', "SELECT keyvault.delete_api_key('openai', user_id => 'bad')"), 't', 'deleting works');
+is(state_of($node, "SELECT keyvault.store_platform_key('exa', 'platforms-own-key')"), '', 'so does storing a key of the platform');
+
+# The worker's memory is its own. The control is a session, where the system lets us look at that.
+sub memory_is_readable
+{
+	my ($pid) = @_;
+	open my $memory, '<', "/proc/$pid/mem" or return 0;
+	open my $maps, '<', "/proc/$pid/maps" or return 0;
+	my ($start) = (readline $maps // '') =~ /^([0-9a-f]+)/ or return 0;
+	return defined sysseek($memory, hex $start, 0) && (sysread($memory, my $bytes, 16) // 0) == 16 ? 1 : 0;
+}
+my $worker = worker_pid($node);
+isnt($worker, '', 'the worker is there');
+my $readable = memory_is_readable($holder);
+note('the system does not let one process read the memory of another at all') unless $readable;
+is(memory_is_readable($worker), 0, "the worker's memory cannot be read by its own user");
+SKIP:
+{
+	skip 'ptrace is called by number on x86-64 only', 1 unless `uname -m` =~ /^x86_64/;
+	my ($ptrace, $attach) = (101, 16);
+	my $result = syscall $ptrace, $attach, $worker + 0, 0, 0;
+	is($result, -1, 'nor can the worker be traced');
+}
+is((stat "/proc/$worker/mem")[4], 0, 'its files in /proc are root\'s');
+isnt((stat "/proc/$holder/mem")[4], 0, 'those of a session are not');
+like(slurp_file("/proc/$worker/limits"), qr/Max core file size\s+0\s+0/, 'it leaves no core file');
+
+# A session that opened keys has forgotten the master key: its memory is searched where that is possible.
+SKIP:
+{
+	skip 'memory of other processes cannot be read here', 1 unless $readable;
+	my $file = $node->safe_psql('postgres', 'SHOW keyvault.master_key_file');
+	(my $digits = slurp_file($file)) =~ s/\s//g;
+	is(count_in_memory($holder, pack 'H*', $digits), 0, 'the master key is gone from a session that held it');
+}
+
+# Everything is back when it is turned on again.
+set_config($node, 'keyvault.reveal', undef);
+is($node->safe_psql('postgres', "SELECT keyvault.user_api_key('openai', 'boxed')"), 'sk-sealed-while-off-0123456789', 'on again: keys can be read');
+$in .= "SELECT keyvault.user_api_key('openai', 'after');\n\\q\n";
+$session->finish;
+like($out, qr/sk-stored-while-off/, 'in the session from before, too');
+unlike(slurp_file($node->logfile), qr/while-off-0123|for-this-call-01/, 'no key in the log');
+$node->stop;
+
+# How often bytes stand in what another process has written to.
+sub count_in_memory
+{
+	my ($pid, $bytes) = @_;
+	my $found = 0;
+	open my $memory, '<:raw', "/proc/$pid/mem" or die $!;
+	foreach my $line (split /\n/, slurp_file("/proc/$pid/maps"))
+	{
+		my ($start, $end) = $line =~ /^([0-9a-f]+)-([0-9a-f]+) rw/ or next;
+		next if $line =~ /\[v(?:var|syscall)|\/dev\/zero|\/dev\/shm|SYSV/;
+		sysseek $memory, hex $start, 0;
+		sysread($memory, my $content, hex($end) - hex $start) // next;
+		$found++ while $content =~ /\Q$bytes\E/g;
+	}
+	return $found;
+}
+
+# A box for a user's key.
+sub sealed
+{
+	my ($user, $secret, $provider) = @_;
+	my $parameters = JSON::PP::decode_json($node->safe_psql('postgres', 'SELECT keyvault.sealing_key()'));
+	my ($result, $errors) = ('', '');
+	my $json = JSON::PP::encode_json([ [ 'makeBox', { public_key => unpack('H*', MIME::Base64::decode_base64($parameters->{public_key})),
+		vault_id => $parameters->{vault_id}, user_id => $user, provider => $provider // 'openai', secret => $secret } ] ]);
+	IPC::Run::run([ 'node', 'test/formats/formats.mjs' ], '<', \$json, '>', \$result, '2>', \$errors) or die $errors;
+	return JSON::PP::decode_json($result)->[0];
+}
+
+done_testing();
