@@ -10,6 +10,7 @@
 #include "base/settings.h"
 #include "credit/debit.h"
 #include "credit/partition_restore.h"
+#include "crypto/master_key_cache.h"
 #include "crypto/record_key_cache.h"
 #include "crypto/reveal.h"
 #include "fmgr.h"
@@ -37,6 +38,7 @@ static const KvModule modules[] = {
 	{"settings", kv_settings_init},
 	{"redaction", kv_redaction_init},
 	{"reveal", kv_reveal_init},
+	{"master keys", NULL, kv_master_key_cache_shmem_size, kv_master_key_cache_shmem_init},
 	{"record key cache", kv_record_key_cache_init, kv_record_key_cache_shmem_size, kv_record_key_cache_shmem_init},
 	{"call keys", NULL, kv_call_key_shmem_size, kv_call_key_shmem_init},
 	{"debit", kv_debit_init},

@@ -96,7 +96,22 @@ kv_json_parse(const char *text, Size length)
 	return jsonb_or_null(copy.data);
 }
 
-/* The value at a path of keys with dots between them; false when there is none. */
+/* A member of an object, by its key, or of an array, by its number from 0; false when there is none. */
+static bool
+find_member(JsonbContainer *container, const char *key, int length, JsonbValue *value)
+{
+	JsonbValue *found = NULL;
+
+	if (JsonContainerIsObject(container))
+		return getKeyJsonValueFromContainer(container, key, length, value) != NULL;
+	if (JsonContainerIsArray(container) && length > 0 && strspn(key, "0123456789") >= (Size) length)
+		found = getIthJsonbValueFromContainer(container, (uint32) strtoul(key, NULL, 10));
+	if (found)
+		*value = *found;
+	return found != NULL;
+}
+
+/* The value at a path of keys, or numbers in arrays, with dots between them; false when there is none. */
 static bool
 find_value(Jsonb *json, const char *path, JsonbValue *value)
 {
@@ -107,8 +122,7 @@ find_value(Jsonb *json, const char *path, JsonbValue *value)
 		const char *dot = strchr(path, '.');
 		int			length = dot ? (int) (dot - path) : (int) strlen(path);
 
-		if (!JsonContainerIsObject(container) ||
-			getKeyJsonValueFromContainer(container, path, length, value) == NULL)
+		if (!find_member(container, path, length, value))
 			return false;
 		if (dot == NULL)
 			return true;

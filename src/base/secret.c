@@ -61,14 +61,10 @@ kv_secret_alloc(Size length)
 	return buffer->bytes;
 }
 
-/*
- * Map zeroed memory for the life of the process that stays out of core files and, where
- * the limit on locked memory allows, out of swap.
- */
-void *
-kv_secret_page(Size length)
+static void *
+map_page(Size length, int sharing)
 {
-	void	   *page = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	void	   *page = mmap(NULL, length, PROT_READ | PROT_WRITE, sharing | MAP_ANONYMOUS, -1, 0);
 
 	if (page == MAP_FAILED)
 		ereport(ERROR,
@@ -84,6 +80,23 @@ kv_secret_page(Size length)
 	pages[n_pages].memory = page;
 	pages[n_pages++].length = length;
 	return page;
+}
+
+/*
+ * Map zeroed memory for the life of the process that stays out of core files and, where
+ * the limit on locked memory allows, out of swap.
+ */
+void *
+kv_secret_page(Size length)
+{
+	return map_page(length, MAP_PRIVATE);
+}
+
+/* The same, in the postmaster, for all the processes that it starts. */
+void *
+kv_secret_shared_page(Size length)
+{
+	return map_page(length, MAP_SHARED);
 }
 
 /* Overwrite all that this process keeps in such pages with zeros. */

@@ -91,7 +91,7 @@ wrap_data_key(Wrap *wrap, const KvDataKey *data_key, const KvMasterKey *master_k
 static void
 unwrap_data_key(KvDataKey *data_key, const bytea *stored)
 {
-	const KvMasterKey *master_key = kv_master_key_get();
+	const KvMasterKey *master_key;
 	Wrap		wrap = {0};
 	KvAssociatedData associated;
 	bool		opened = false;
@@ -100,8 +100,7 @@ unwrap_data_key(KvDataKey *data_key, const bytea *stored)
 		memcpy(&wrap, VARDATA_ANY(stored), sizeof(Wrap));
 	if (wrap.header.magic == WRAP_MAGIC && wrap.header.format == WRAP_FORMAT && wrap.header.suite == WRAP_SUITE)
 	{
-		if (!kv_bytes_equal(wrap.header.kek_id, master_key->kek_id, KV_KEK_ID_SIZE))
-			kv_master_key_mismatch(wrap.header.kek_id);
+		master_key = kv_master_key_find(wrap.header.kek_id);
 		wrap_associated_data(&associated, &wrap.header, data_key);
 		opened = kv_aead_open(master_key->key, wrap.header.nonce, associated.bytes, associated.length,
 							  wrap.wrapped, KV_KEY_SIZE, wrap.tag, data_key->key);
@@ -158,32 +157,30 @@ kv_data_key_latest(const char *user_id)
 	return read_data_key(user_id, 0);
 }
 
-/* The version number of the loaded master key, which becomes known with the vault's first data key. */
-static uint32
-known_kek_version(const KvMasterKey *master_key)
+/*
+ * The master key that wraps, and its version: the vault's primary one, which is the loaded
+ * primary when the vault has none yet. Error: KV004.
+ */
+static const KvMasterKey *
+wrapping_key(uint32 *version)
 {
 	static KvStatement insert = {
 		"INSERT INTO keyvault.master_keys (kek_id, version)"
 		" SELECT $1, 1 WHERE NOT EXISTS (SELECT FROM keyvault.master_keys)"
 		" ON CONFLICT DO NOTHING", 1, {BYTEAOID}
 	};
-	static KvStatement find = {
-		"SELECT version, kek_id FROM keyvault.master_keys ORDER BY kek_id = $1 DESC, version DESC LIMIT 1", 1, {BYTEAOID}
-	};
+	static KvStatement find = {"SELECT version, kek_id FROM keyvault.master_keys ORDER BY version DESC LIMIT 1", 0};
+	const KvMasterKey *loaded = kv_master_key_get();
 	bytea	   *kek_id = palloc(VARHDRSZ + KV_KEK_ID_SIZE);
 	Datum		value = PointerGetDatum(kek_id);
-	bytea	   *expected;
 	bool		isnull;
-	uint32		version;
 
 	SET_VARSIZE(kek_id, VARHDRSZ + KV_KEK_ID_SIZE);
-	memcpy(VARDATA(kek_id), master_key->kek_id, KV_KEK_ID_SIZE);
+	memcpy(VARDATA(kek_id), loaded->kek_id, KV_KEK_ID_SIZE);
 	kv_statement_execute(&insert, &value, NULL);
-	version = DatumGetInt32(kv_statement_value(&find, &value, NULL, &isnull));
-	expected = DatumGetByteaPP(SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 2, &isnull));
-	if (!kv_bytes_equal((const uint8 *) VARDATA_ANY(expected), master_key->kek_id, KV_KEK_ID_SIZE))
-		kv_master_key_mismatch((const uint8 *) VARDATA_ANY(expected));
-	return version;
+	*version = DatumGetInt32(kv_statement_value(&find, NULL, NULL, &isnull));
+	kek_id = DatumGetByteaPP(SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 2, &isnull));
+	return kv_master_key_find((const uint8 *) VARDATA_ANY(kek_id));
 }
 
 /* Make the first data key of a user; another session may be faster. */
@@ -194,7 +191,8 @@ create_data_key(const char *user_id)
 		"INSERT INTO keyvault.data_keys (user_id, version, data_key_id, wrapped) VALUES ($1, 1, $2, $3)"
 		" ON CONFLICT DO NOTHING", 3, {TEXTOID, UUIDOID, BYTEAOID}
 	};
-	const KvMasterKey *master_key = kv_master_key_get();
+	uint32		kek_version;
+	const KvMasterKey *master_key = wrapping_key(&kek_version);
 	KvDataKey  *data_key = kv_secret_alloc(sizeof(KvDataKey));
 	bytea	   *stored = palloc(VARHDRSZ + sizeof(Wrap));
 	Datum		values[3];
@@ -205,7 +203,7 @@ create_data_key(const char *user_id)
 	kv_vault_id_ensure(&data_key->vault_id);
 	kv_random_bytes(data_key->key, KV_KEY_SIZE);
 	SET_VARSIZE(stored, VARHDRSZ + sizeof(Wrap));
-	wrap_data_key((Wrap *) VARDATA(stored), data_key, master_key, known_kek_version(master_key));
+	wrap_data_key((Wrap *) VARDATA(stored), data_key, master_key, kek_version);
 
 	values[0] = CStringGetTextDatum(user_id);
 	values[1] = UUIDPGetDatum(&data_key->id);

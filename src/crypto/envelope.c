@@ -113,7 +113,7 @@ read_header(const bytea *record, RecordHeader *header)
 static bool
 find_record_key(KvRecordKey *record_key, const RecordHeader *header, const char *user_id)
 {
-	uint32		generation = kv_master_key_get()->generation;
+	uint32		generation = kv_master_key_generation();
 	KvDataKey  *data_key;
 
 	if (kv_record_key_cache_get(&header->id, generation, record_key))

@@ -1,48 +1,55 @@
 /*-------------------------------------------------------------------------
  * master_key.c
- *		The key outside the database that wraps data keys.
+ *		The keys outside the database that wrap data keys.
  *
- * The key is read at first use and again after a configuration reload, and lives in
- * one page that stays out of core files. A missing or wrong key is the error KV004 of
- * whoever needs it; the server starts and runs without.
+ * One source yields up to 16 keys: the first is primary, the others only open what was
+ * wrapped under them. They are read at first use, again after a configuration reload, and
+ * when a data key asks for one that is not among them; they live in pages that stay out of
+ * core files. Missing or wrong keys are the error KV004 of whoever needs them; the server
+ * starts and runs without. After a reload that brings no keys, the earlier ones are gone.
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
 
 #include "crypto/master_key.h"
 
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include "base/error.h"
 #include "base/secret.h"
 #include "base/settings.h"
+#include "crypto/master_key_cache.h"
 #include "crypto/reveal.h"
+#include "lib/stringinfo.h"
 #include "miscadmin.h"
-#include "storage/fd.h"
 #include "utils/builtins.h"
-#include "utils/memutils.h"
 #include "utils/timestamp.h"
 
-/* Written as 64 hexadecimal digits, with white space around them allowed. */
-#define MASTER_KEY_DIGITS	(2 * KV_KEY_SIZE)
-#define FILE_SIZE_MAX		256
+#define SPACE " \t\r\n"
 
-/* The key of this process; valid while loaded_from and loaded_at match the configuration. */
-static KvMasterKey *loaded = NULL;
-static char *loaded_from = NULL;
+/* A shared source is not asked again for a missing key when its answer is this young. */
+#define MISSING_KEY_MS 1000
+
+/* In the order in which an error names them. */
+static const KvMasterKeySource *const sources[] = {
+	&kv_master_key_from_file, &kv_master_key_from_command, &kv_master_key_from_transit,
+};
+
+/* Two rings: the one in use, and the one being loaded. */
+static KvMasterKeyRing *ring = NULL;
+static KvMasterKeyRing *fresh = NULL;
+
+/* Whether ring is loaded, under which configuration; generation is raised each time its keys may have changed. */
+static bool loaded = false;
 static TimestampTz loaded_at;
+static uint32 generation = 0;
 
 static void
-raise_unusable(const char *path, const char *reason)
+raise_unusable(const KvMasterKeySource *source, const char *reason, const char *hint)
 {
 	ereport(ERROR,
 			(errcode(ERRCODE_KV_MASTER_KEY),
 			 errmsg("master key is not available"),
-			 errdetail("File \"%s\" %s.", path, reason),
-			 errhint("As the server's user, make one with: (umask 077; openssl rand -hex 32 > \"%s\")  "
-					 "If it existed before, put the old one back: keys stored under it open with no other.", path)));
+			 errdetail("The %s %s.", source->describe(), reason),
+			 errhint("%s", hint)));
 }
 
 static void
@@ -51,115 +58,157 @@ raise_not_configured(void)
 	ereport(ERROR,
 			(errcode(ERRCODE_KV_MASTER_KEY),
 			 errmsg("master key is not available"),
-			 errdetail("Setting keyvault.master_key_file is empty."),
+			 errdetail("Setting keyvault.master_key_file is empty, and no other source is set."),
 			 errhint("As root, make one with: install -d -m 700 -o postgres /etc/keyvault && "
 					 "(umask 077; openssl rand -hex 32 > /etc/keyvault/master.key) && chown postgres /etc/keyvault/master.key  "
 					 "Then: ALTER SYSTEM SET keyvault.master_key_file = '/etc/keyvault/master.key'; SELECT pg_reload_conf();")));
 }
 
+/* The one source that is configured. Error: KV004 for none or several. */
+static const KvMasterKeySource *
+configured_source(void)
+{
+	const KvMasterKeySource *found = NULL;
+
+	for (size_t i = 0; i < lengthof(sources); i++)
+	{
+		if (!sources[i]->is_configured())
+			continue;
+		if (found)
+			ereport(ERROR,
+					(errcode(ERRCODE_KV_MASTER_KEY),
+					 errmsg("master key is not available"),
+					 errdetail("Both %s and %s are set, and which one counts is not for the server to guess.",
+							   found->setting, sources[i]->setting),
+					 errhint("Leave one of them, with ALTER SYSTEM RESET and SELECT pg_reload_conf().")));
+		found = sources[i];
+	}
+	if (found == NULL)
+		raise_not_configured();
+	return found;
+}
+
+/* Add a line's key to a ring; false when it does not hold one. */
 static bool
-lies_in_data_directory(const char *path)
-{
-	char	   *real_path = realpath(path, NULL);
-	char	   *real_data = realpath(DataDir, NULL);
-	bool		inside = real_path && real_data && path_is_prefix_of_path(real_data, real_path);
-
-	free(real_path);
-	free(real_data);
-	return inside;
-}
-
-/* Refuse a file that others could have read, or that base backups carry along. */
-static void
-check_key_file(const char *path, int fd)
-{
-	struct stat status;
-
-	if (fstat(fd, &status) != 0 || !S_ISREG(status.st_mode))
-		raise_unusable(path, "is not a regular file");
-	if (status.st_uid != geteuid() && status.st_uid != 0)
-		raise_unusable(path, "does not belong to the server's user or to root");
-	if ((status.st_uid == 0 && (status.st_mode & (S_IWGRP | S_IRWXO)) != 0) ||
-		(status.st_uid != 0 && (status.st_mode & (S_IRWXG | S_IRWXO)) != 0))
-		raise_unusable(path, "can be read by others: its mode must be 0600, or 0640 if it belongs to root");
-	if (status.st_size > FILE_SIZE_MAX)
-		raise_unusable(path, "is too long for a master key: it holds 64 hexadecimal digits");
-	if (!kv_allow_master_key_in_data_directory && lies_in_data_directory(path))
-		raise_unusable(path, "lies in the data directory, where every base backup carries it along "
-					   "(keyvault.allow_master_key_in_data_directory accepts that)");
-}
-
-/* Read the file into buffer, NUL-terminated. */
-static void
-read_key_file(const char *path, char *buffer)
-{
-	int			fd = OpenTransientFile(path, O_RDONLY | O_NONBLOCK | PG_BINARY);
-	ssize_t		length;
-
-	if (fd < 0)
-		raise_unusable(path, psprintf("could not be opened: %s", strerror(errno)));
-	check_key_file(path, fd);
-	length = read(fd, buffer, FILE_SIZE_MAX);
-	CloseTransientFile(fd);
-	if (length < 0)
-		raise_unusable(path, "could not be read");
-	buffer[length] = '\0';
-}
-
-/* Decode the digits in text into key. */
-static void
-decode_key(const char *path, const char *text, uint8 *key)
-{
-	const char *first = text + strspn(text, " \t\r\n");
-	Size		digits = strspn(first, "0123456789abcdefABCDEF");
-
-	if (digits != MASTER_KEY_DIGITS || first[digits + strspn(first + digits, " \t\r\n")] != '\0')
-		raise_unusable(path, "does not hold a master key: 64 hexadecimal digits and nothing else");
-	hex_decode(first, MASTER_KEY_DIGITS, (char *) key);
-}
-
-static void
-load_key_file(const char *path)
+add_key(KvMasterKeyRing *to, const char *line, Size length, KvMasterKeySourceId source)
 {
 	static const char info[] = "keyvault/v1/kek-id";
-	char	   *text = kv_secret_alloc(FILE_SIZE_MAX + 1);
+	KvMasterKey *key = &to->keys[to->n];
 	uint8		id[KV_MAC_SIZE];
-	uint32		generation;
 
-	if (loaded == NULL)
-		loaded = kv_secret_page(sizeof(KvMasterKey));
-	if (loaded_from)
-		pfree(loaded_from);
-	loaded_from = NULL;
-	generation = loaded->generation + 1;
-	kv_secret_wipe(loaded, sizeof(KvMasterKey));
-	loaded->generation = generation;
+	if (length != KV_MASTER_KEY_DIGITS || strspn(line, "0123456789abcdefABCDEF") < length)
+		return false;
+	hex_decode(line, length, (char *) key->key);
+	kv_hkdf_sha256(key->key, KV_KEY_SIZE, NULL, 0, (const uint8 *) info, strlen(info), id, sizeof(id));
+	memcpy(key->kek_id, id, KV_KEK_ID_SIZE);
+	key->source = source;
+	to->n++;
+	return true;
+}
 
-	read_key_file(path, text);
-	decode_key(path, text, loaded->key);
-	kv_hkdf_sha256(loaded->key, KV_KEY_SIZE, NULL, 0, (const uint8 *) info, strlen(info), id, sizeof(id));
-	memcpy(loaded->kek_id, id, KV_KEK_ID_SIZE);
-	loaded->source = KV_MASTER_KEY_FILE;
+/* Fill a ring from a source's text; false, with a reason, when it is not made of keys. */
+static bool
+read_keys(KvMasterKeyRing *to, const char *text, KvMasterKeySourceId source, const char **reason)
+{
+	memset(to, 0, sizeof(*to));
+	for (const char *word = text + strspn(text, SPACE); *word; word += strspn(word, SPACE))
+	{
+		Size		length = strcspn(word, SPACE);
+
+		if (to->n == KV_MASTER_KEYS_MAX)
+			*reason = psprintf("holds more than %d master keys", KV_MASTER_KEYS_MAX);
+		else if (add_key(to, word, length, source))
+		{
+			word += length;
+			continue;
+		}
+		else
+			*reason = "does not hold master keys: lines of 64 hexadecimal digits, and nothing else";
+		return false;
+	}
+	if (to->n == 0)
+		*reason = "does not hold a master key: a line of 64 hexadecimal digits";
+	return to->n > 0;
+}
+
+/* Ask the configured source. */
+static bool
+fetch_keys(KvMasterKeyRing *to, const char **reason, const char **hint)
+{
+	const KvMasterKeySource *source = configured_source();
+	char	   *text = source->fetch(reason, hint);
+
+	return text != NULL && read_keys(to, text, source->id, reason);
+}
+
+/* Load the keys; shared ones may have been fetched since not_before. The ring in use stays when it fails. Error: KV004. */
+static void
+load_keys(TimestampTz not_before)
+{
+	const KvMasterKeySource *source = configured_source();
+	const char *reason = NULL;
+	const char *hint = NULL;
+	bool		fetched;
+
+	if (ring == NULL)
+	{
+		KvMasterKeyRing *both = kv_secret_page(2 * sizeof(KvMasterKeyRing));
+
+		fresh = both + 1;
+		ring = both;
+	}
+	/* Where only some processes may open keys, none leaves them where others could find them. */
+	fetched = source->shared && kv_reveal ? kv_master_key_cache_get(fresh, not_before, fetch_keys, &reason, &hint)
+		: fetch_keys(fresh, &reason, &hint);
+	if (!fetched)
+		raise_unusable(source, reason, hint);
+	if (memcmp(ring, fresh, sizeof(KvMasterKeyRing)) != 0)
+		generation++;
+	memcpy(ring, fresh, sizeof(KvMasterKeyRing));
+	kv_secret_wipe(fresh, sizeof(KvMasterKeyRing));
+}
+
+/*
+ * The keys, loaded when they are not, or when the configuration was since. The one way to
+ * them. Errors: KV004, and 42501 where this process may not open keys.
+ */
+static const KvMasterKeyRing *
+current_ring(void)
+{
+	kv_reveal_require();
+	if (loaded && loaded_at == PgReloadTime)
+		return ring;
+	if (loaded)
+	{
+		/* What was wrapped under a key that has been taken away must not open any more. */
+		loaded = false;
+		kv_secret_wipe(ring, sizeof(KvMasterKeyRing));
+		generation++;
+	}
+	load_keys(PgReloadTime);
 	loaded_at = PgReloadTime;
-	loaded_from = MemoryContextStrdup(TopMemoryContext, path);
+	loaded = true;
+	return ring;
 }
 
 /* The primary master key. Error: KV004 when there is none to be had. */
 const KvMasterKey *
 kv_master_key_get(void)
 {
-	kv_reveal_require();
-	if (loaded_from == NULL || loaded_at != PgReloadTime || strcmp(loaded_from, kv_master_key_file) != 0)
-	{
-		if (kv_master_key_file[0] == '\0')
-			raise_not_configured();
-		load_key_file(kv_master_key_file);
-	}
-	return loaded;
+	return &current_ring()->keys[0];
 }
 
-static char *
-hex_of_kek_id(const uint8 *kek_id)
+/* A number that is another one whenever the keys may be. Error: KV004 when there are none to be had. */
+uint32
+kv_master_key_generation(void)
+{
+	(void) current_ring();
+	return generation;
+}
+
+/* A key's id in hexadecimal digits. */
+char *
+kv_master_key_hex(const uint8 *kek_id)
 {
 	char	   *hex = palloc0(2 * KV_KEK_ID_SIZE + 1);
 
@@ -167,15 +216,48 @@ hex_of_kek_id(const uint8 *kek_id)
 	return hex;
 }
 
-/* Raise KV004: a data key was wrapped by another master key than the one loaded. */
-void
-kv_master_key_mismatch(const uint8 *expected_kek_id)
+static void
+raise_not_loaded(const uint8 *kek_id)
 {
+	StringInfoData ids;
+
+	initStringInfo(&ids);
+	for (int i = 0; i < ring->n; i++)
+		appendStringInfo(&ids, "%s%s", i ? ", " : "", kv_master_key_hex(ring->keys[i].kek_id));
 	ereport(ERROR,
 			(errcode(ERRCODE_KV_MASTER_KEY),
 			 errmsg("master key is not the one that these keys were stored under"),
-			 errdetail("Expected key id %s, loaded %s from \"%s\".",
-					   hex_of_kek_id(expected_kek_id), hex_of_kek_id(kv_master_key_get()->kek_id), kv_master_key_file),
-			 errhint("Put the master key with the expected id back in place and reload; "
+			 errdetail("Expected key id %s, loaded %s from %s.", kv_master_key_hex(kek_id), ids.data, configured_source()->describe()),
+			 errhint("Put the master key with the expected id back, as a further line, and reload; "
 					 "the ids are not secret and stand in keyvault.master_keys.")));
+}
+
+static const KvMasterKey *
+look_up(const uint8 *kek_id)
+{
+	for (int i = 0; i < ring->n; i++)
+		if (memcmp(ring->keys[i].kek_id, kek_id, KV_KEK_ID_SIZE) == 0)
+			return &ring->keys[i];
+	return NULL;
+}
+
+/*
+ * The master key with an id. One that is not at hand is asked for once more: a session in a
+ * long statement has not heard of the reload that brought it. Error: KV004.
+ */
+const KvMasterKey *
+kv_master_key_find(const uint8 *kek_id)
+{
+	const KvMasterKey *key;
+
+	(void) current_ring();
+	key = look_up(kek_id);
+	if (key == NULL)
+	{
+		load_keys(TimestampTzPlusMilliseconds(GetCurrentTimestamp(), -MISSING_KEY_MS));
+		key = look_up(kek_id);
+	}
+	if (key == NULL)
+		raise_not_loaded(kek_id);
+	return key;
 }

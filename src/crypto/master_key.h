@@ -1,6 +1,6 @@
 /*-------------------------------------------------------------------------
  * master_key.h
- *		The key outside the database that wraps data keys.
+ *		The keys outside the database that wrap data keys.
  *-------------------------------------------------------------------------
  */
 #ifndef KV_MASTER_KEY_H
@@ -9,24 +9,27 @@
 #include "postgres.h"
 
 #include "crypto/aead.h"
+#include "crypto/master_key_source.h"
 
 #define KV_KEK_ID_SIZE	16
-
-/* Where a master key came from; stored in each wrap. */
-typedef enum KvMasterKeySource
-{
-	KV_MASTER_KEY_FILE = 1,
-} KvMasterKeySource;
 
 typedef struct KvMasterKey
 {
 	uint8		key[KV_KEY_SIZE];
 	uint8		kek_id[KV_KEK_ID_SIZE];
-	KvMasterKeySource source;
-	uint32		generation;		/* raised each time this process reads it */
+	KvMasterKeySourceId source;
 } KvMasterKey;
 
+/* The master keys at hand; the first is the primary one. */
+typedef struct KvMasterKeyRing
+{
+	int			n;
+	KvMasterKey keys[KV_MASTER_KEYS_MAX];
+} KvMasterKeyRing;
+
 extern const KvMasterKey *kv_master_key_get(void);
-extern void kv_master_key_mismatch(const uint8 *expected_kek_id);
+extern const KvMasterKey *kv_master_key_find(const uint8 *kek_id);
+extern uint32 kv_master_key_generation(void);
+extern char *kv_master_key_hex(const uint8 *kek_id);
 
 #endif

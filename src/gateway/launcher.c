@@ -19,6 +19,7 @@
 #include "access/xact.h"
 #include "base/error.h"
 #include "catalog/pg_database.h"
+#include "gateway/token_renewal.h"
 #include "gateway/worker_slot.h"
 #include "miscadmin.h"
 #include "pgstat.h"
@@ -174,6 +175,7 @@ void
 keyvault_launcher_main(Datum arg)
 {
 	List	   *started = NIL;
+	bool		reloaded = false;
 
 	pqsignal(SIGHUP, SignalHandlerForConfigReload);
 	pqsignal(SIGTERM, die);
@@ -184,7 +186,7 @@ keyvault_launcher_main(Datum arg)
 	scan_databases();
 	for (;;)
 	{
-		bool		later;
+		long		timeout_ms;
 
 		CHECK_FOR_INTERRUPTS();
 		if (ConfigReloadPending)
@@ -192,13 +194,17 @@ keyvault_launcher_main(Datum arg)
 			ConfigReloadPending = false;
 			ProcessConfigFile(PGC_SIGHUP);
 			scan_databases();	/* keyvault.databases may name more */
+			reloaded = true;
 		}
 		if (kv_worker_take_scan_request())
 			scan_databases();
-		later = start_wanted(&started);
+		timeout_ms = kv_token_renewal_serve(reloaded);
+		reloaded = false;
+		if (start_wanted(&started) && (timeout_ms < 0 || timeout_ms > RETRY_MS))
+			timeout_ms = RETRY_MS;
 		MemoryContextSwitchTo(TopMemoryContext);
-		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_EXIT_ON_PM_DEATH | (later ? WL_TIMEOUT : 0),
-						 RETRY_MS, PG_WAIT_EXTENSION);
+		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_EXIT_ON_PM_DEATH | (timeout_ms >= 0 ? WL_TIMEOUT : 0),
+						 timeout_ms, PG_WAIT_EXTENSION);
 		ResetLatch(MyLatch);
 	}
 }

@@ -14,7 +14,7 @@ use Time::HiRes qw(sleep);
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 
-our @EXPORT = qw(new_master_key new_node set_config start_mock use_mock mock_get mock_open mock_received
+our @EXPORT = qw(new_master_key new_node set_config start_mock start_vault write_secret use_mock mock_get mock_open mock_received
 	wait_until state_of chat queue_request request_status ends_as worker_pid balances_are_sums run_pgbench);
 
 my @mocks;
@@ -60,16 +60,40 @@ sub set_config
 	return;
 }
 
+# Write a file that only we can read; returns its path.
+sub write_secret
+{
+	my ($path, $content, $mode) = @_;
+	unlink $path;
+	open my $file, '>', $path or die $!;
+	print $file $content;
+	close $file;
+	chmod $mode // 0600, $path;
+	return $path;
+}
+
+# Start the stand-in for a Vault server, with options of test/mock/vault.mjs; returns its port.
+sub start_vault
+{
+	return start_stand_in('vault', @_);
+}
+
 # Start the stand-in provider; returns its port.
 sub start_mock
 {
+	return start_stand_in('provider');
+}
+
+sub start_stand_in
+{
+	my ($name, @options) = @_;
 	my $directory = File::Temp::tempdir(CLEANUP => 1);
 	my $pid = fork // die $!;
 	if ($pid == 0)
 	{
 		open STDOUT, '>', "$directory/log";
 		open STDERR, '>&', \*STDOUT;
-		exec 'node', 'test/mock/provider.mjs', '--port', '0', '--port-file', "$directory/port" or die $!;
+		exec 'node', "test/mock/$name.mjs", '--port', '0', '--port-file', "$directory/port", @options or die $!;
 	}
 	push @mocks, $pid;
 	wait_until(sub { -s "$directory/port" }) or die 'the stand-in did not start';

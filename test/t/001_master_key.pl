@@ -40,29 +40,20 @@ sub key_file_is
 	is(state_of($node, $store), 'KV004', "$name: SQLSTATE");
 }
 
-sub write_key
-{
-	my ($path, $content, $mode) = @_;
-	unlink $path;
-	open my $file, '>', $path or die $!;
-	print $file $content;
-	close $file;
-	chmod $mode, $path;
-	return $path;
-}
-
 my $digits = 'a1' x 32;
 my $directory = PostgreSQL::Test::Utils::tempdir;
 key_file_is("$directory/none", qr/No such file/, 'missing');
 key_file_is($directory, qr/is not a regular file/, 'a directory');
-key_file_is(write_key("$directory/short", 'a1' x 31, 0600), qr/64 hexadecimal digits/, 'short');
-key_file_is(write_key("$directory/long", 'a1' x 33, 0600), qr/64 hexadecimal digits/, 'long');
-key_file_is(write_key("$directory/longer", 'a1' x 500, 0600), qr/too long/, 'far too long');
-key_file_is(write_key("$directory/not_hex", 'zz' x 32, 0600), qr/64 hexadecimal digits/, 'not hexadecimal');
-key_file_is(write_key("$directory/empty", '', 0600), qr/64 hexadecimal digits/, 'empty');
-key_file_is(write_key("$directory/world", $digits, 0644), qr/can be read by others/, 'readable by the world');
-key_file_is(write_key("$directory/group", $digits, 0640), qr/can be read by others/, 'readable by the group');
-key_file_is(write_key($node->data_dir . '/key', $digits, 0600), qr/lies in the data directory/, 'in the data directory');
+key_file_is(write_secret("$directory/short", 'a1' x 31, 0600), qr/64 hexadecimal digits/, 'short');
+key_file_is(write_secret("$directory/long", 'a1' x 33, 0600), qr/64 hexadecimal digits/, 'long');
+key_file_is(write_secret("$directory/longer", 'a1' x 5000, 0600), qr/too long/, 'far too long');
+key_file_is(write_secret("$directory/seventeen", "$digits\n" x 17, 0600), qr/more than 16 master keys/, 'more keys than there can be');
+key_file_is(write_secret("$directory/tail", "$digits\n$digits 0", 0600), qr/64 hexadecimal digits/, 'something behind the keys');
+key_file_is(write_secret("$directory/not_hex", 'zz' x 32, 0600), qr/64 hexadecimal digits/, 'not hexadecimal');
+key_file_is(write_secret("$directory/empty", '', 0600), qr/64 hexadecimal digits/, 'empty');
+key_file_is(write_secret("$directory/world", $digits, 0644), qr/can be read by others/, 'readable by the world');
+key_file_is(write_secret("$directory/group", $digits, 0640), qr/can be read by others/, 'readable by the group');
+key_file_is(write_secret($node->data_dir . '/key', $digits, 0600), qr/lies in the data directory/, 'in the data directory');
 symlink $node->data_dir . '/key', "$directory/link";
 key_file_is("$directory/link", qr/lies in the data directory/, 'a link into the data directory');
 POSIX::mkfifo("$directory/fifo", 0600);
@@ -75,8 +66,8 @@ $node->reload;
 ok(wait_until(sub { state_of($node, $store) eq '' }), 'an explicit override is taken, with no restart');
 
 # A good one, then another: named by id, never a pile of tag failures.
-write_key("$directory/good", "\n$digits \n", 0600);
-write_key("$directory/other", 'b2' x 32, 0600);
+write_secret("$directory/good", "\n$digits \n", 0600);
+write_secret("$directory/other", 'b2' x 32, 0600);
 my $key_id = $node->safe_psql('postgres', "SELECT encode(kek_id, 'hex') FROM keyvault.master_keys");
 like($key_id, qr/^[0-9a-f]{32}$/, 'the master key is known by an id');
 $node->safe_psql('postgres', "ALTER SYSTEM SET keyvault.master_key_file = '$directory/other'");

@@ -1,0 +1,14 @@
+/*-------------------------------------------------------------------------
+ * secret_file.h
+ *		Small files with secrets, which nobody else may read.
+ *-------------------------------------------------------------------------
+ */
+#ifndef KV_SECRET_FILE_H
+#define KV_SECRET_FILE_H
+
+#include "postgres.h"
+
+extern char *kv_secret_file_read(const char *path, Size size_max, const char **reason);
+extern bool kv_secret_file_in_data_directory(const char *path);
+
+#endif

@@ -1,0 +1,133 @@
+/*-------------------------------------------------------------------------
+ * vault_server.c
+ *		Calls to HashiCorp Vault or OpenBao, with the settings keyvault.vault_*.
+ *
+ * The token is read anew for each call, from a file that nobody else can read, so that
+ * another program may replace it. Answers are never quoted: they hold secrets.
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "base/vault_server.h"
+
+#include "base/https.h"
+#include "base/json_field.h"
+#include "base/secret.h"
+#include "base/secret_file.h"
+#include "base/settings.h"
+
+#define TOKEN_MAX		4096
+#define ANSWER_MAX		(256 * 1024)
+
+/* The token; NULL with a reason. */
+static char *
+read_token(const char **reason)
+{
+	char	   *token;
+
+	if (kv_vault_token_file[0] == '\0')
+	{
+		*reason = "cannot be asked: keyvault.vault_token_file is empty";
+		return NULL;
+	}
+	token = kv_secret_file_read(kv_vault_token_file, TOKEN_MAX, reason);
+	if (token == NULL)
+	{
+		*reason = psprintf("cannot be asked: the token's file \"%s\" %s", kv_vault_token_file, *reason);
+		return NULL;
+	}
+	token += strspn(token, " \t\r\n");
+	token[strcspn(token, " \t\r\n")] = '\0';
+	for (const char *p = token; *p; p++)
+		if (*p < '!' || *p > '~')
+			token = "";
+	if (*token == '\0')
+	{
+		*reason = psprintf("cannot be asked: the token's file \"%s\" does not hold a token", kv_vault_token_file);
+		return NULL;
+	}
+	return token;
+}
+
+/* What an HTTP status other than 200 means; see "HTTP status codes" of Vault's API documentation. */
+static const char *
+reason_of_status(long status)
+{
+	switch (status)
+	{
+		case 400:
+			return "refused the request as malformed (status 400): the ciphertext or the path is not of this server's making";
+		case 403:
+			return "denied access (status 403): the token is expired or revoked, or its policy lacks the path";
+		case 404:
+			return "knows no such path (status 404): check the mount, the name and keyvault.vault_namespace";
+		case 429:
+			return "has too many calls to answer (status 429)";
+		case 503:
+			return "is sealed or down for maintenance (status 503): have it unsealed";
+		default:
+			return psprintf("answered with status %ld", status);
+	}
+}
+
+/*
+ * Call /v1/path: POST with a body, GET without one. Returns the answer; NULL, with a reason that
+ * goes on from "the Vault server ...", when there is none to be used. Errors: only those of interrupts.
+ */
+Jsonb *
+kv_vault_server_call(const char *path, const char *body, const char **reason)
+{
+	KvHttpsRequest request = {.body = body,.ca_file = kv_vault_ca_file,.timeout_ms = kv_master_key_timeout,.size_max = ANSWER_MAX};
+	KvHttpsResponse response;
+	const char *headers[5] = {"X-Vault-Request: true", "Content-Type: application/json"};
+	char	   *token;
+	char	   *header;
+	Size		address = strlen(kv_vault_address);
+	Jsonb	   *answer;
+
+	if (address == 0)
+	{
+		*reason = "is not set: keyvault.vault_address is empty";
+		return NULL;
+	}
+	if ((token = read_token(reason)) == NULL)
+		return NULL;
+	header = kv_secret_alloc(TOKEN_MAX + 32);
+	snprintf(header, TOKEN_MAX + 32, "X-Vault-Token: %s", token);
+	headers[2] = header;
+	if (kv_vault_namespace[0])
+		headers[3] = psprintf("X-Vault-Namespace: %s", kv_vault_namespace);
+	while (address > 0 && kv_vault_address[address - 1] == '/')
+		address--;
+	request.url = psprintf("%.*s/v1/%s", (int) address, kv_vault_address, path);
+	request.headers = headers;
+	if (!kv_https_call(&request, &response))
+		*reason = psprintf("could not be reached: %s", response.error);
+	else if (response.status != 200)
+		*reason = reason_of_status(response.status);
+	else if ((answer = kv_json_parse(response.body, response.length)) == NULL)
+		*reason = "gave an answer that is not JSON";
+	else
+		return answer;
+	return NULL;
+}
+
+/*
+ * Renew the token. Returns the seconds that it is good for, 0 for one that does not end; -1,
+ * with a reason as above, when it is not renewed.
+ */
+int
+kv_vault_server_renew_token(const char **reason)
+{
+	Jsonb	   *answer = kv_vault_server_call("auth/token/renew-self", "{}", reason);
+	int64		seconds;
+
+	if (answer == NULL)
+		return -1;
+	if (!kv_json_count(answer, "auth.lease_duration", &seconds))
+	{
+		*reason = "gave an answer without auth.lease_duration";
+		return -1;
+	}
+	return (int) seconds;
+}
