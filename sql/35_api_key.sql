@@ -66,7 +66,7 @@ COMMENT ON TABLE keyvault.api_keys IS 'Provider keys that users handed over, enc
 COMMENT ON COLUMN keyvault.api_keys.ciphertext IS 'Secret record, or a sealed box that the worker has yet to make a record of: see "Formats" in doc/keyvault.md.';
 COMMENT ON COLUMN keyvault.api_keys.hint IS 'Enough of the key for its owner to recognise it: at most three first and four last characters.';
 COMMENT ON COLUMN keyvault.api_keys.fingerprint IS 'Keyed hash under the user''s own data key: equal for equal keys of one user, and only there. NULL for a sealed box.';
-COMMENT ON COLUMN keyvault.api_keys.problem IS 'Why a sealed box could not be opened, or a test of the key said nothing about it.';
+COMMENT ON COLUMN keyvault.api_keys.problem IS 'Why a sealed box could not be opened.';
 COMMENT ON COLUMN keyvault.api_keys.status IS 'active; failed: the provider refused it when it was last used.';
 COMMENT ON COLUMN keyvault.api_keys.rotated_at IS 'When the value last changed.';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.api_keys', '');

@@ -39,6 +39,18 @@ END;
 COMMENT ON FUNCTION keyvault._forget_sealing_keys() IS
     'Deletes sealing keys whose boxes are no longer taken and that no stored box needs, with the digests of their boxes.';
 
+CREATE FUNCTION keyvault._forget_problem() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    NEW.problem := NULL;
+    RETURN NEW;
+END $$;
+COMMENT ON FUNCTION keyvault._forget_problem() IS 'Trigger of api_keys: a new value has not the problem of the one before.';
+CREATE TRIGGER forget_problem BEFORE UPDATE OF ciphertext ON keyvault.api_keys
+    FOR EACH ROW WHEN (OLD.problem IS NOT NULL) EXECUTE FUNCTION keyvault._forget_problem();
+
 CREATE FUNCTION keyvault._wake_worker_now() RETURNS void
     LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'keyvault_wake_worker_now';

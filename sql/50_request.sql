@@ -310,7 +310,7 @@ BEGIN
       FROM claimed c LEFT JOIN keyvault.providers p ON p.provider = c.provider
      WHERE r.user_id = c.user_id AND r.id = c.id
     RETURNING r.user_id, r.id, r.attempts, r.provider, p.dialect, p.base_url, r.path, p.auth_header, p.auth_scheme,
-              p.headers, p.allowed_host, r.body::text, r.timeout_ms, r.payer, r.api_key_id, r.call_key;
+              p.headers, p.allowed_host, CASE r.type WHEN 'test' THEN NULL ELSE r.body::text END, r.timeout_ms, r.payer, r.api_key_id, r.call_key;
 END $$;
 COMMENT ON FUNCTION keyvault._claim_requests(integer, integer, text) IS
     'Marks up to capacity due requests as sent and returns what sending them takes: a share for each waiting user after after_user, oldest first, never more than per_user under way for one.';

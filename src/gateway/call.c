@@ -153,6 +153,29 @@ parse_answer(char *body, Size length, const char *key)
 	return answer;
 }
 
+/* Write what became of a test of a key. */
+static void
+settle_key_test(const KvCall *call, const char *failure, Jsonb *answer)
+{
+	static KvStatement settle = {
+		"SELECT keyvault._settle_key_test($1, $2, $3, $4, $5, $6, $7, $8)", 8,
+		{TEXTOID, UUIDOID, INT4OID, TEXTOID, INT4OID, JSONBOID, TEXTOID, BOOLOID}
+	};
+	long		status_code = call->result.status_code;
+	Datum		values[8] = {
+		CStringGetTextDatum(call->user_id), UUIDPGetDatum(&call->id), Int32GetDatum(call->attempt),
+		CStringGetTextDatum(outcome_of(call, failure != NULL)), Int32GetDatum((int32) status_code),
+		answer ? JsonbPGetDatum(answer) : (Datum) 0, failure ? CStringGetTextDatum(failure) : (Datum) 0,
+		BoolGetDatum(call->dialect && kv_dialect_key_refused(call->dialect, status_code, answer)),
+	};
+	char		nulls[9] = "        ";
+
+	nulls[4] = status_code ? ' ' : 'n';
+	nulls[5] = answer ? ' ' : 'n';
+	nulls[6] = failure ? ' ' : 'n';
+	kv_statement_execute(&settle, values, nulls);
+}
+
 /*
  * Write what became of a call: the answer with all that goes with it, or a retry. Runs
  * in the caller's transaction.
@@ -182,6 +205,12 @@ kv_call_settle(KvCall *call)
 	if (failure && is_worth_a_retry(call))
 	{
 		retry(call, failure);
+		kv_owner_end(&scope);
+		return;
+	}
+	if (call->is_key_test)
+	{
+		settle_key_test(call, failure, answer);
 		kv_owner_end(&scope);
 		return;
 	}

@@ -24,7 +24,8 @@ typedef struct KvCall
 	char	   *url;
 	char	   *allowed_host;
 	char	  **headers;
-	char	   *body;
+	char	   *body;			/* NULL for GET */
+	bool		is_key_test;
 	int			timeout_ms;
 	char	   *key;			/* in secret memory; NULL when it could not be opened */
 	char	   *problem;		/* why the call cannot be made, or NULL */

@@ -165,7 +165,9 @@ make_call(HeapTuple row)
 	base_url = claimed_text(row, CLAIM_BASE_URL);
 	call->allowed_host = claimed_text(row, CLAIM_ALLOWED_HOST);
 	call->body = claimed_text(row, CLAIM_BODY);
-	call->body = pg_server_to_any(call->body, strlen(call->body), PG_UTF8);
+	call->is_key_test = call->body == NULL;
+	if (call->body)
+		call->body = pg_server_to_any(call->body, strlen(call->body), PG_UTF8);
 	call->timeout_ms = DatumGetInt32(SPI_getbinval(row, SPI_tuptable->tupdesc, CLAIM_TIMEOUT_MS, &isnull));
 	if (base_url == NULL)
 		call->problem = "the provider was removed since the request was queued";

@@ -93,7 +93,7 @@ write_row(const KvNewKey *key, const pg_uuid_t *id, bytea *ciphertext, bytea *fi
 		" VALUES ($1, $2, $3, $4, $5, $6, $7, CASE $1 WHEN '' THEN 'platform' ELSE 'user' END, $8)"
 		" ON CONFLICT (user_id, provider, name) DO UPDATE"
 		" SET id = EXCLUDED.id, ciphertext = EXCLUDED.ciphertext, hint = EXCLUDED.hint, fingerprint = EXCLUDED.fingerprint,"
-		" expires_at = EXCLUDED.expires_at, status = 'active', problem = NULL, updated_at = now(),"
+		" expires_at = EXCLUDED.expires_at, status = 'active', updated_at = now(),"
 		" last_verified_at = CASE WHEN k.fingerprint = EXCLUDED.fingerprint THEN k.last_verified_at END,"
 		" rotated_at = CASE WHEN k.fingerprint = EXCLUDED.fingerprint THEN k.rotated_at ELSE now() END",
 		8, {TEXTOID, UUIDOID, TEXTOID, TEXTOID, BYTEAOID, TEXTOID, BYTEAOID, TIMESTAMPTZOID}
@@ -172,7 +172,7 @@ void
 kv_key_row_convert(const char *user_id, const pg_uuid_t *id, const char *provider, const char *secret)
 {
 	static KvStatement update = {
-		"UPDATE keyvault.api_keys SET ciphertext = $3, hint = $4, fingerprint = $5, problem = NULL"
+		"UPDATE keyvault.api_keys SET ciphertext = $3, hint = $4, fingerprint = $5"
 		" WHERE user_id = $1 AND id = $2", 5, {TEXTOID, UUIDOID, BYTEAOID, TEXTOID, BYTEAOID}
 	};
 	KvDataKey  *data_key = kv_data_key_ensure(user_id);
