@@ -25,7 +25,8 @@ COMMENT ON COLUMN keyvault.providers.platform_paths IS
 COMMENT ON COLUMN keyvault.providers.auth_header IS 'The header that carries the key.';
 COMMENT ON COLUMN keyvault.providers.auth_scheme IS 'The word before the key in that header, such as Bearer; NULL for the bare key.';
 COMMENT ON COLUMN keyvault.providers.headers IS 'Further headers of every request, {"name": "value"}.';
-COMMENT ON COLUMN keyvault.providers.env_var IS 'The environment variable the provider''s own SDK reads its key from.';
+COMMENT ON COLUMN keyvault.providers.env_var IS
+    'The environment variable the provider''s own SDK reads its key from, and development mode; NULL for the provider''s name and _API_KEY.';
 COMMENT ON COLUMN keyvault.providers.key_pattern IS 'A regular expression that a key must match, besides 8 to 512 printable ASCII characters.';
 COMMENT ON COLUMN keyvault.providers.test_path IS 'A path whose GET answers 200 to a good key and costs nothing.';
 COMMENT ON COLUMN keyvault.providers.allowed_host IS

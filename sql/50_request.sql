@@ -98,8 +98,13 @@ CREATE FUNCTION keyvault._choose_key(user_id text, provider text, key_name text,
     SET search_path = pg_catalog, pg_temp
 AS $$
 #variable_conflict use_column
+DECLARE
+    in_env_file boolean := CASE WHEN $3 = 'default' THEN keyvault._env_file_has_key($2) END;
 BEGIN
-    IF $4 IN ('auto', 'user') THEN
+    IF $4 IN ('auto', 'user') AND in_env_file THEN
+        payer := 'user';
+        RETURN;
+    ELSIF $4 IN ('auto', 'user') AND in_env_file IS NULL THEN
         SELECT k.id INTO api_key_id FROM keyvault.api_keys k
          WHERE k.user_id = $1 AND k.provider = $2 AND k.name = $3 AND (k.expires_at IS NULL OR k.expires_at > now());
         IF FOUND THEN

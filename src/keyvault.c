@@ -22,6 +22,7 @@
 #include "storage/lwlock.h"
 #include "storage/shmem.h"
 #include "vault/call_key.h"
+#include "vault/development.h"
 
 PG_MODULE_MAGIC;
 
@@ -41,6 +42,7 @@ static const KvModule modules[] = {
 	{"master keys", NULL, kv_master_key_cache_shmem_size, kv_master_key_cache_shmem_init},
 	{"record key cache", kv_record_key_cache_init, kv_record_key_cache_shmem_size, kv_record_key_cache_shmem_init},
 	{"call keys", NULL, kv_call_key_shmem_size, kv_call_key_shmem_init},
+	{"development", kv_development_init},
 	{"debit", kv_debit_init},
 	{"partition restore", kv_partition_restore_init},
 	{"worker slots", kv_worker_slot_init, kv_worker_slot_shmem_size, kv_worker_slot_shmem_init},

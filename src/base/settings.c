@@ -26,6 +26,8 @@ char	   *kv_vault_transit_key = NULL;
 char	   *kv_vault_ca_file = NULL;
 char	   *kv_vault_namespace = NULL;
 int			kv_record_key_cache_size = 16384;
+int			kv_mode = KV_MODE_PRODUCTION;
+char	   *kv_env_file = NULL;
 bool		kv_reveal = true;
 int			kv_sealing_key_lifetime = 90 * 24 * 60 * 60;
 bool		kv_create_users = true;
@@ -40,6 +42,13 @@ int			kv_max_attempts = 4;
 int			kv_max_request_size = 16384;
 int			kv_max_response_size = 16384;
 int			kv_worker_idle_timeout = 60000;
+
+static const struct config_enum_entry modes[] = {
+	{"production", KV_MODE_PRODUCTION, false},
+	{"development", KV_MODE_DEVELOPMENT, false},
+	{"auto", KV_MODE_AUTO, false},
+	{NULL, 0, false}
+};
 
 static bool
 check_user_id(char **newval, void **extra, GucSource source)
@@ -123,6 +132,19 @@ define_key_settings(void)
 							NULL, &kv_sealing_key_lifetime, 90 * 24 * 60 * 60, 60, INT_MAX, PGC_SIGHUP, GUC_UNIT_S, NULL, NULL, NULL);
 }
 
+/* Development mode: keys of a .env file. */
+static void
+define_development_settings(void)
+{
+	DefineCustomEnumVariable("keyvault.mode",
+							 "Whether keys are those of the database or of a .env file.",
+							 "In auto, DEBUG and DEPLOY_ENV of the server's environment decide.",
+							 &kv_mode, KV_MODE_PRODUCTION, modes, PGC_SIGHUP, 0, NULL, NULL, NULL);
+	DefineCustomStringVariable("keyvault.env_file",
+							   "The .env file of development mode, an absolute path.",
+							   NULL, &kv_env_file, "", PGC_SIGHUP, GUC_SUPERUSER_ONLY, NULL, NULL, NULL);
+}
+
 /* HashiCorp Vault or OpenBao: for a master key wrapped by Transit, and for references to its secrets. */
 static void
 define_vault_settings(void)
@@ -188,6 +210,7 @@ kv_settings_init(void)
 	define_identity_settings();
 	define_master_key_settings();
 	define_key_settings();
+	define_development_settings();
 	define_vault_settings();
 	define_worker_settings();
 	MarkGUCPrefixReserved("keyvault");

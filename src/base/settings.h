@@ -14,6 +14,16 @@
 /* Owner of the platform's own keys: no identity can be the empty string. */
 #define KV_PLATFORM_USER ""
 
+/* Values of keyvault.mode. */
+typedef enum KvMode
+{
+	KV_MODE_PRODUCTION,
+	KV_MODE_DEVELOPMENT,
+	KV_MODE_AUTO,
+} KvMode;
+
+extern int	kv_mode;
+extern char *kv_env_file;
 extern char *kv_user_id;
 extern char *kv_master_key_file;
 extern bool kv_allow_master_key_in_data_directory;

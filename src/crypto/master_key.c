@@ -64,6 +64,16 @@ raise_not_configured(void)
 					 "Then: ALTER SYSTEM SET keyvault.master_key_file = '/etc/keyvault/master.key'; SELECT pg_reload_conf();")));
 }
 
+/* Is any source of a master key configured? */
+bool
+kv_master_key_is_configured(void)
+{
+	for (size_t i = 0; i < lengthof(sources); i++)
+		if (sources[i]->is_configured())
+			return true;
+	return false;
+}
+
 /* The one source that is configured. Error: KV004 for none or several. */
 static const KvMasterKeySource *
 configured_source(void)

@@ -27,6 +27,7 @@ typedef struct KvMasterKeyRing
 	KvMasterKey keys[KV_MASTER_KEYS_MAX];
 } KvMasterKeyRing;
 
+extern bool kv_master_key_is_configured(void);
 extern const KvMasterKey *kv_master_key_get(void);
 extern const KvMasterKey *kv_master_key_find(const uint8 *kek_id);
 extern uint32 kv_master_key_generation(void);

@@ -24,6 +24,7 @@
 #include "utils/resowner.h"
 #include "utils/timestamp.h"
 #include "vault/call_key.h"
+#include "vault/development.h"
 #include "vault/key_lookup.h"
 
 /* Columns of keyvault._claim_requests. */
@@ -56,6 +57,19 @@ claimed_text(HeapTuple row, int column)
 	return isnull ? NULL : TextDatumGetCString(value);
 }
 
+/* The key that a request of development mode is to use: it had none when it was queued. Error: KV003. */
+static char *
+open_development_key(const char *provider)
+{
+	char	   *key = kv_development_is_on() ? kv_development_key(provider) : NULL;
+
+	if (key == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_KV_NO_API_KEY),
+				 errmsg("the key was taken out of the .env file, or development mode was turned off, since the request was queued")));
+	return key;
+}
+
 /* Open the key that a claimed request is to use. Errors: KV003, KV004, KV005. */
 static char *
 open_key(KvCall *call, HeapTuple row)
@@ -63,6 +77,7 @@ open_key(KvCall *call, HeapTuple row)
 	bool		isnull;
 	bool		own = strcmp(claimed_text(row, CLAIM_PAYER), "user") == 0;
 	Datum		key_id = SPI_getbinval(row, SPI_tuptable->tupdesc, CLAIM_API_KEY_ID, &isnull);
+	Datum		call_key;
 	char	   *key;
 
 	if (!isnull)
@@ -74,8 +89,10 @@ open_key(KvCall *call, HeapTuple row)
 					 errmsg("the API key was deleted or has expired since the request was queued")));
 		return key;
 	}
-	key = kv_call_key_open(call->user_id, &call->id,
-						   DatumGetByteaPP(SPI_getbinval(row, SPI_tuptable->tupdesc, CLAIM_CALL_KEY, &isnull)));
+	call_key = SPI_getbinval(row, SPI_tuptable->tupdesc, CLAIM_CALL_KEY, &isnull);
+	if (isnull)
+		return open_development_key(call->provider);
+	key = kv_call_key_open(call->user_id, &call->id, DatumGetByteaPP(call_key));
 	if (key == NULL)
 		ereport(ERROR,
 				(errcode(ERRCODE_KV_SECRET_UNREADABLE),

@@ -17,10 +17,12 @@
 #include "base/secret.h"
 #include "base/settings.h"
 #include "catalog/pg_type.h"
+#include "crypto/master_key.h"
 #include "fmgr.h"
 #include "identity/identity.h"
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
+#include "vault/development.h"
 #include "vault/key_row.h"
 #include "vault/key_shape.h"
 
@@ -89,25 +91,50 @@ kv_api_key_name(FunctionCallInfo fcinfo, int argument)
 	return name;
 }
 
-/* Check a key and keep it. */
+/*
+ * Keep a key whose shape was checked: in its row and, in development mode, in the .env
+ * file. False, with a notice, when without a master key the file alone has it. Call
+ * between kv_owner_begin and kv_owner_end.
+ */
+bool
+kv_api_key_keep(const KvNewKey *key, pg_uuid_t *id)
+{
+	bool		in_file = key->secret && *key->user_id && kv_development_has(key->name);
+
+	if (in_file)
+		kv_development_set(key->provider, key->secret);
+	if (in_file && !kv_master_key_is_configured())
+	{
+		ereport(NOTICE,
+				(errmsg("the key is kept in the .env file alone"),
+				 errdetail("There is no master key to encrypt it with for the database.")));
+		return false;
+	}
+	*id = kv_key_row_write(key);
+	return true;
+}
+
+/* Check a key and keep it; NULL when it has no row. */
 static pg_uuid_t *
 store(const KvNewKey *key)
 {
 	pg_uuid_t  *id = palloc(sizeof(pg_uuid_t));
 	KvOwnerScope scope;
+	bool		has_row;
 
 	kv_owner_begin(&scope);
 	kv_api_key_require_provider(key->provider);
 	kv_key_shape_check(key->secret, strlen(key->secret), key->provider);
-	*id = kv_key_row_write(key);
+	has_row = kv_api_key_keep(key, id);
 	kv_owner_end(&scope);
-	return id;
+	return has_row ? id : NULL;
 }
 
 Datum
 keyvault_store_api_key(PG_FUNCTION_ARGS)
 {
 	KvNewKey	key = {0};
+	pg_uuid_t  *id;
 
 	kv_redaction_mark_statement();
 	key.provider = kv_argument_text(fcinfo, 0, "provider");
@@ -122,7 +149,10 @@ keyvault_store_api_key(PG_FUNCTION_ARGS)
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("expires_at must be in the future"),
 				 errhint("Leave it out for a key that does not expire.")));
-	PG_RETURN_UUID_P(store(&key));
+	id = store(&key);
+	if (id == NULL)
+		PG_RETURN_NULL();
+	PG_RETURN_UUID_P(id);
 }
 
 Datum
@@ -158,6 +188,8 @@ keyvault_delete_api_key(PG_FUNCTION_ARGS)
 	kv_owner_begin(&scope);
 	deleted = kv_statement_execute(&delete, values, NULL) > 0;
 	kv_owner_end(&scope);
+	if (kv_development_has(name) && kv_development_remove(provider))
+		deleted = true;
 	if (!deleted)
 		kv_api_key_require_provider(provider);
 	PG_RETURN_BOOL(deleted);

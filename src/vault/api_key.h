@@ -9,7 +9,9 @@
 #include "postgres.h"
 
 #include "fmgr.h"
+#include "vault/key_row.h"
 
+extern bool kv_api_key_keep(const KvNewKey *key, pg_uuid_t *id);
 extern void kv_api_key_require_provider(const char *provider);
 extern char *kv_api_key_name(FunctionCallInfo fcinfo, int argument);
 

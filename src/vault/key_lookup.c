@@ -24,6 +24,7 @@
 #include "utils/jsonb.h"
 #include "utils/timestamp.h"
 #include "vault/api_key.h"
+#include "vault/development.h"
 #include "vault/key_row.h"
 #include "vault/sealed_key.h"
 
@@ -101,6 +102,24 @@ kv_key_lookup_by_id(const char *user_id, const pg_uuid_t *id)
 	return secret;
 }
 
+/* Does a lookup of keys of that name read the .env file? Says in the log what it does. */
+static bool
+uses_env_file(const char *user_id, const char *name)
+{
+	if (kv_development_has(name))
+		return true;
+	ereport(DEBUG1, (errmsg("[PROD MODE] Using database for user %s", user_id)));
+	return false;
+}
+
+static Datum
+secret_result(FunctionCallInfo fcinfo, const char *secret)
+{
+	if (secret == NULL)
+		PG_RETURN_NULL();
+	PG_RETURN_TEXT_P(cstring_to_text(secret));
+}
+
 Datum
 keyvault_user_api_key(PG_FUNCTION_ARGS)
 {
@@ -115,6 +134,13 @@ keyvault_user_api_key(PG_FUNCTION_ARGS)
 	kv_redaction_mark_statement();
 	kv_reveal_require();
 	kv_argument_require(fcinfo, 2, "name");
+	if (uses_env_file(user_id, text_to_cstring(PG_GETARG_TEXT_PP(2))))
+	{
+		secret = kv_development_key(provider);
+		if (secret == NULL)
+			kv_api_key_require_provider(provider);
+		return secret_result(fcinfo, secret);
+	}
 	kv_index_scan_begin(&scan, "api_keys", "api_keys_user_id_provider_name_key", 3, keys, types);
 	found = kv_index_scan_next(&scan, ForwardScanDirection);
 	if (found && !is_expired(&scan))
@@ -126,9 +152,7 @@ keyvault_user_api_key(PG_FUNCTION_ARGS)
 	kv_index_scan_end(&scan);
 	if (!found)
 		kv_api_key_require_provider(provider);
-	if (secret == NULL)
-		PG_RETURN_NULL();
-	PG_RETURN_TEXT_P(cstring_to_text(secret));
+	return secret_result(fcinfo, secret);
 }
 
 static void
@@ -137,6 +161,20 @@ push_string(JsonbParseState **state, JsonbIteratorToken token, char *string)
 	JsonbValue	value = {.type = jbvString,.val.string = {.len = strlen(string),.val = string}};
 
 	pushJsonbValue(state, token, &value);
+}
+
+static void
+push_env_file_keys(JsonbParseState **state)
+{
+	ListCell   *cell;
+
+	foreach(cell, kv_development_keys())
+	{
+		KvDevelopmentKey *key = lfirst(cell);
+
+		push_string(state, WJB_KEY, key->provider);
+		push_string(state, WJB_VALUE, key->secret);
+	}
 }
 
 Datum
@@ -152,6 +190,11 @@ keyvault_user_api_keys(PG_FUNCTION_ARGS)
 	kv_redaction_mark_statement();
 	kv_reveal_require();
 	pushJsonbValue(&state, WJB_BEGIN_OBJECT, NULL);
+	if (uses_env_file(user_id, KV_DEFAULT_KEY_NAME))
+	{
+		push_env_file_keys(&state);
+		PG_RETURN_JSONB_P(JsonbValueToJsonb(pushJsonbValue(&state, WJB_END_OBJECT, NULL)));
+	}
 	kv_index_scan_begin(&scan, "api_keys", "api_keys_user_id_provider_name_key", 1, &key, &type);
 	while (kv_index_scan_next(&scan, ForwardScanDirection))
 	{
@@ -159,7 +202,7 @@ keyvault_user_api_keys(PG_FUNCTION_ARGS)
 		char	   *provider = TextDatumGetCString(kv_index_scan_value(&scan, API_KEYS_PROVIDER, &isnull));
 		char	   *secret;
 
-		if (strcmp(name, "default") != 0 || is_expired(&scan))
+		if (strcmp(name, KV_DEFAULT_KEY_NAME) != 0 || is_expired(&scan))
 			continue;
 		secret = open_row(&scan, user_id, provider);
 		if (secret == NULL)

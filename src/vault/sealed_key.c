@@ -144,6 +144,7 @@ keyvault_store_sealed_api_key(PG_FUNCTION_ARGS)
 	KvNewKey	key = {0};
 	pg_uuid_t  *id = palloc(sizeof(pg_uuid_t));
 	KvOwnerScope scope;
+	bool		has_row;
 
 	kv_redaction_mark_statement();
 	key.provider = kv_argument_text(fcinfo, 0, "provider");
@@ -155,9 +156,11 @@ keyvault_store_sealed_api_key(PG_FUNCTION_ARGS)
 	kv_owner_begin(&scope);
 	kv_api_key_require_provider(key.provider);
 	key.secret = take_box(key.user_id, key.provider, key.box);
-	*id = kv_key_row_write(&key);
+	has_row = kv_api_key_keep(&key, id);
 	refuse_replay(key.user_id, key.box);
 	kv_owner_end(&scope);
+	if (!has_row)
+		PG_RETURN_NULL();
 	PG_RETURN_UUID_P(id);
 }
 

@@ -1,0 +1,234 @@
+/*-------------------------------------------------------------------------
+ * env_store.c
+ *		The .env file on disk: read whole, and replaced whole.
+ *
+ * Nothing but a regular file is read, and opening never waits. A change is written to a
+ * file beside it, which takes its place: whoever reads sees the old contents or the new.
+ * Writers hold a lock (flock(2)) on the file that they replace, and look at the path
+ * again when they have it: of several sessions, or servers, none overwrites another's
+ * change. Symbolic links are followed, and stay.
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "vault/env_store.h"
+
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "base/error.h"
+#include "base/secret.h"
+#include "miscadmin.h"
+#include "storage/fd.h"
+
+#define FILE_SIZE_MAX	(1024 * 1024)
+#define LOCK_RETRY_US	10000
+
+static void
+raise_file_error(const char *path, const char *what)
+{
+	ereport(ERROR,
+			(errcode_for_file_access(),
+			 errmsg("could not %s .env file \"%s\": %m", what, path),
+			 errhint("The server's user reads the file, and writes it and files beside it. See keyvault.env_file.")));
+}
+
+/* Refuse what is not a file of bearable size. */
+static void
+check_file(const char *path, int fd, struct stat *status)
+{
+	if (fstat(fd, status) != 0)
+		raise_file_error(path, "examine");
+	if (!S_ISREG(status->st_mode))
+		ereport(ERROR,
+				(errcode(ERRCODE_WRONG_OBJECT_TYPE),
+				 errmsg(".env file \"%s\" is not a regular file", path),
+				 errhint("Set keyvault.env_file to the absolute path of a file.")));
+	if (status->st_size > FILE_SIZE_MAX)
+		ereport(ERROR,
+				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+				 errmsg(".env file \"%s\" is larger than %d kB", path, FILE_SIZE_MAX / 1024),
+				 errhint("Set keyvault.env_file to the absolute path of a .env file.")));
+}
+
+/* Open the file; -1 when there is none. */
+static int
+open_file(const char *path)
+{
+	int			fd = OpenTransientFile(path, O_RDONLY | O_NONBLOCK | PG_BINARY);
+
+	if (fd < 0 && errno != ENOENT)
+		raise_file_error(path, "open");
+	return fd;
+}
+
+static void
+read_contents(const char *path, int fd, KvEnvContents *contents)
+{
+	struct stat status;
+
+	check_file(path, fd, &status);
+	contents->bytes = kv_secret_alloc(status.st_size + 1);
+	contents->length = 0;
+	while (contents->length < (Size) status.st_size)
+	{
+		ssize_t		n = read(fd, contents->bytes + contents->length, status.st_size - contents->length);
+
+		if (n < 0 && errno != EINTR)
+			raise_file_error(path, "read");
+		if (n == 0)
+			break;
+		contents->length += Max(n, 0);
+	}
+}
+
+/* Read the file; false when there is none. */
+bool
+kv_env_store_read(const char *path, KvEnvContents *contents, bool *readable_by_others)
+{
+	int			fd = open_file(path);
+	struct stat status;
+
+	if (fd < 0)
+		return false;
+	read_contents(path, fd, contents);
+	*readable_by_others = fstat(fd, &status) == 0 && (status.st_mode & S_IROTH) != 0;
+	CloseTransientFile(fd);
+	return true;
+}
+
+/* The path without symbolic links, of a file that need not exist. */
+static char *
+resolve(const char *path)
+{
+	char	   *real = realpath(path, NULL);
+	char	   *copy;
+	struct stat status;
+
+	if (real == NULL)
+	{
+		/* A link to nowhere is no file that is yet to be made. */
+		if (errno != ENOENT || lstat(path, &status) == 0)
+			raise_file_error(path, "resolve");
+		return pstrdup(path);
+	}
+	copy = pstrdup(real);
+	free(real);
+	return copy;
+}
+
+/* Is the file that we hold still the one of that path? */
+static bool
+is_current(const char *path, int fd)
+{
+	struct stat held,
+				named;
+
+	return fstat(fd, &held) == 0 && stat(path, &named) == 0 &&
+		held.st_dev == named.st_dev && held.st_ino == named.st_ino;
+}
+
+/* Open the file, made empty if there is none, and wait until no other writer has it. */
+static int
+open_locked(const char *path)
+{
+	struct stat status;
+	int			fd;
+
+	for (;;)
+	{
+		fd = open_file(path);
+		if (fd < 0)
+		{
+			fd = OpenTransientFilePerm(path, O_RDONLY | O_CREAT | O_EXCL | PG_BINARY, S_IRUSR | S_IWUSR);
+			if (fd < 0 && errno == EEXIST)
+				continue;
+			if (fd < 0)
+				raise_file_error(path, "create");
+		}
+		check_file(path, fd, &status);
+		while (flock(fd, LOCK_EX | LOCK_NB) != 0)
+		{
+			if (errno != EWOULDBLOCK && errno != EINTR)
+				raise_file_error(path, "lock");
+			CHECK_FOR_INTERRUPTS();
+			pg_usleep(LOCK_RETRY_US);
+		}
+		if (is_current(path, fd))
+			return fd;
+		CloseTransientFile(fd);
+		CHECK_FOR_INTERRUPTS();
+	}
+}
+
+static void
+write_all(const char *path, int fd, const KvEnvContents *contents)
+{
+	Size		written = 0;
+
+	while (written < contents->length)
+	{
+		ssize_t		n;
+
+		errno = 0;
+		n = write(fd, contents->bytes + written, contents->length - written);
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n <= 0)
+		{
+			if (errno == 0)
+				errno = ENOSPC;
+			raise_file_error(path, "write");
+		}
+		written += n;
+	}
+	if (pg_fsync(fd) != 0)
+		raise_file_error(path, "fsync");
+}
+
+/* Put new contents in the place of the file that old_fd is. */
+static void
+replace_file(const char *path, int old_fd, const KvEnvContents *contents)
+{
+	char	   *temporary = psprintf("%s.keyvault-%d", path, MyProcPid);
+	struct stat old;
+	int			fd;
+
+	/* One that a crash left, by a process of the same number. */
+	(void) unlink(temporary);
+	fd = OpenTransientFilePerm(temporary, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | PG_BINARY, S_IRUSR | S_IWUSR);
+	if (fd < 0)
+		raise_file_error(temporary, "create");
+	PG_TRY();
+	{
+		/* Where the server may give files away, the owner keeps it. */
+		if (fstat(old_fd, &old) != 0 || (fchown(fd, old.st_uid, old.st_gid) != 0 && errno != EPERM))
+			raise_file_error(path, "examine");
+		write_all(temporary, fd, contents);
+		CloseTransientFile(fd);
+		if (durable_rename(temporary, path, LOG) != 0)
+			raise_file_error(path, "replace");
+	}
+	PG_CATCH();
+	{
+		(void) unlink(temporary);
+		PG_RE_THROW();
+	}
+	PG_END_TRY();
+}
+
+/* Change the file, made if there is none, while no other writer can. */
+void
+kv_env_store_edit(const char *path, KvEnvEdit edit, void *arg)
+{
+	char	   *real = resolve(path);
+	int			fd = open_locked(real);
+	KvEnvContents contents;
+
+	read_contents(real, fd, &contents);
+	if (edit(&contents, arg))
+		replace_file(real, fd, &contents);
+	CloseTransientFile(fd);
+}
