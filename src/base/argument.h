@@ -12,5 +12,6 @@
 
 extern void kv_argument_require(FunctionCallInfo fcinfo, int argument, const char *name);
 extern char *kv_argument_text(FunctionCallInfo fcinfo, int argument, const char *name);
+extern char *kv_argument_secret(FunctionCallInfo fcinfo, int argument);
 
 #endif

@@ -62,20 +62,11 @@ kv_api_key_require_provider(const char *provider)
 static char *
 required_secret(FunctionCallInfo fcinfo, int argument)
 {
-	text	   *value;
-	Size		length;
-	char	   *secret;
-
 	if (PG_ARGISNULL(argument))
 		ereport(ERROR,
 				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("key must not be null"),
 				 errhint("To forget a key call keyvault.delete_api_key().")));
-	value = PG_GETARG_TEXT_PP(argument);
-	length = VARSIZE_ANY_EXHDR(value);
-	secret = kv_secret_alloc(length + 1);
-	memcpy(secret, VARDATA_ANY(value), length);
-	secret[length] = '\0';
-	return secret;
+	return kv_argument_secret(fcinfo, argument);
 }
 
 /* A key's name. Errors: 22004, 22023. */

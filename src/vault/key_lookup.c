@@ -15,9 +15,7 @@
 #include "base/index_scan.h"
 #include "base/redaction.h"
 #include "catalog/pg_type.h"
-#include "crypto/envelope.h"
 #include "crypto/reveal.h"
-#include "crypto/sealed_box.h"
 #include "fmgr.h"
 #include "identity/identity.h"
 #include "utils/builtins.h"
@@ -26,7 +24,6 @@
 #include "vault/api_key.h"
 #include "vault/development.h"
 #include "vault/key_row.h"
-#include "vault/sealed_key.h"
 
 PG_FUNCTION_INFO_V1(keyvault_user_api_keys);
 PG_FUNCTION_INFO_V1(keyvault_user_api_key);
@@ -60,13 +57,9 @@ static char *
 open_row(KvIndexScan *scan, const char *user_id, const char *provider)
 {
 	bool		isnull;
-	KvSecretName name = {.provider = provider,.purpose = KV_API_KEY_PURPOSE};
-	bytea	   *stored = DatumGetByteaPP(kv_index_scan_value(scan, API_KEYS_CIPHERTEXT, &isnull));
+	pg_uuid_t  *id = DatumGetUUIDP(kv_index_scan_value(scan, API_KEYS_ID, &isnull));
 
-	if (kv_sealed_box_is(stored))
-		return kv_sealed_key_open(user_id, provider, stored);
-	name.id = *DatumGetUUIDP(kv_index_scan_value(scan, API_KEYS_ID, &isnull));
-	return kv_envelope_open(user_id, &name, stored);
+	return kv_key_row_open(user_id, provider, id, DatumGetByteaPP(kv_index_scan_value(scan, API_KEYS_CIPHERTEXT, &isnull)));
 }
 
 static void

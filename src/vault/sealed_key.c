@@ -64,19 +64,6 @@ keyvault_sealing_key(PG_FUNCTION_ARGS)
 	PG_RETURN_JSONB_P(description);
 }
 
-/* Open a box that was made for a user's key. Returns it in secret memory; NULL when it does not open. Error: KV004. */
-char *
-kv_sealed_key_open(const char *user_id, const char *provider, const bytea *box)
-{
-	Size		length;
-	char	   *secret;
-
-	if (!kv_sealed_box_looks_right(box))
-		return NULL;
-	secret = kv_sealing_key_open_box(KV_BOX_LABEL, user_id, provider, box, &length);
-	return secret && strlen(secret) == length ? secret : NULL;
-}
-
 /* Error 22023 unless it can be a box at all. */
 static bytea *
 required_box(FunctionCallInfo fcinfo, int argument)
@@ -123,6 +110,7 @@ refuse_replay(const char *user_id, bytea *box)
 static char *
 take_box(const char *user_id, const char *provider, const bytea *box)
 {
+	pg_uuid_t	no_id = {{0}};	/* a box names none */
 	char	   *secret;
 
 	if (!kv_sealed_box_looks_right(box))
@@ -131,7 +119,7 @@ take_box(const char *user_id, const char *provider, const bytea *box)
 		raise_unopenable("It is sealed to a key that this vault does not have, or no longer takes.");
 	if (!kv_reveal_may_open())
 		return NULL;
-	secret = kv_sealed_key_open(user_id, provider, box);
+	secret = kv_key_row_open(user_id, provider, &no_id, box);
 	if (secret == NULL)
 		raise_unopenable("It was altered, or sealed for another user, provider or vault.");
 	kv_key_shape_check(secret, strlen(secret), provider);
@@ -185,7 +173,7 @@ convert_row(HeapTuple row, TupleDesc tupdesc)
 	Datum		id = SPI_getbinval(row, tupdesc, 2, &isnull);
 	char	   *user = TextDatumGetCString(user_id);
 	char	   *provider = TextDatumGetCString(SPI_getbinval(row, tupdesc, 3, &isnull));
-	char	   *secret = kv_sealed_key_open(user, provider, DatumGetByteaPP(SPI_getbinval(row, tupdesc, 4, &isnull)));
+	char	   *secret = kv_key_row_open(user, provider, DatumGetUUIDP(id), DatumGetByteaPP(SPI_getbinval(row, tupdesc, 4, &isnull)));
 	const char *problem = secret ? kv_key_shape_problem(secret, strlen(secret), provider) :
 		"It was altered, or sealed for another user, provider or vault.";
 

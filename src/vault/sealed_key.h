@@ -8,7 +8,6 @@
 
 #include "postgres.h"
 
-extern char *kv_sealed_key_open(const char *user_id, const char *provider, const bytea *box);
 extern int	kv_sealed_key_convert(int max);
 
 #endif

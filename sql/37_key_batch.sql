@@ -1,0 +1,19 @@
+-- Many keys at once: taken in, exported for recovery, restored.
+
+CREATE FUNCTION keyvault.store_api_keys(keys jsonb, user_id text = NULL) RETURNS TABLE (provider text, id uuid)
+    LANGUAGE c VOLATILE PARALLEL UNSAFE
+    AS 'MODULE_PATHNAME', 'keyvault_store_api_keys';
+COMMENT ON FUNCTION keyvault.store_api_keys(jsonb, text) IS
+    'Encrypts and keeps a user''s keys {"provider": "key", ...} under the name ''default'', all or none; returns their ids. Pass the keys as a bind parameter. Errors: as store_api_key, KV009 naming the provider; 22023 keys is not such an object.';
+
+CREATE FUNCTION keyvault.export_recovery_bundle(public_key text, user_ids text[] = NULL) RETURNS bytea
+    LANGUAGE c VOLATILE PARALLEL UNSAFE
+    AS 'MODULE_PATHNAME', 'keyvault_export_recovery_bundle';
+COMMENT ON FUNCTION keyvault.export_recovery_bundle(text, text[]) IS
+    'The keys of these users, or of all and the platform, as an OpenPGP message (RFC 4880) to an armored public key (RSA or ElGamal): JSON lines {"user_id", "provider", "name", "key", "expires_at"}. No access includes it: a superuser, or who was granted EXECUTE. Errors: KV004, 42501 keyvault.reveal is off, 39000 pgcrypto cannot use the key.';
+
+CREATE FUNCTION keyvault.restore_api_keys(lines text) RETURNS bigint
+    LANGUAGE c VOLATILE PARALLEL UNSAFE
+    AS 'MODULE_PATHNAME', 'keyvault_restore_api_keys';
+COMMENT ON FUNCTION keyvault.restore_api_keys(text) IS
+    'Stores the keys of a decrypted recovery bundle in this vault, all or none, replacing those of the same names; returns how many. No access includes it. Errors: 22023 a line is none of a bundle''s, 42501, and those of store_api_key.';

@@ -1,0 +1,280 @@
+/*-------------------------------------------------------------------------
+ * recovery.c
+ *		Recovery bundles: chosen users' keys, encrypted to a public key whose private one
+ *		is kept elsewhere.
+ *
+ * A bundle is an OpenPGP message (RFC 4880) made by pgcrypto, which any OpenPGP program
+ * opens without this server: JSON lines, one for each key. pgcrypto's functions are called
+ * directly and not through SQL, so that no plan, log or statistic sees the plaintext.
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "base/argument.h"
+#include "base/error.h"
+#include "base/json_field.h"
+#include "base/owner_spi.h"
+#include "base/pg_version.h"
+#include "base/redaction.h"
+#include "base/secret.h"
+#include "base/settings.h"
+#include "catalog/pg_type.h"
+#include "crypto/reveal.h"
+#include "fmgr.h"
+#include "identity/identity.h"
+#include "mb/pg_wchar.h"
+#include "miscadmin.h"
+#include "utils/acl.h"
+#include "utils/builtins.h"
+#include "utils/fmgrprotos.h"
+#include "utils/json.h"
+#include "utils/jsonb.h"
+#include "utils/memutils.h"
+#include "utils/timestamp.h"
+#include "vault/api_key.h"
+#include "vault/key_row.h"
+#include "vault/key_shape.h"
+
+PG_FUNCTION_INFO_V1(keyvault_export_recovery_bundle);
+PG_FUNCTION_INFO_V1(keyvault_restore_api_keys);
+
+#define BUNDLE_SIZE_MIN 8192
+
+/* A text that grows in secret memory; as a text value it begins with its length word. */
+typedef struct SecretText
+{
+	char	   *bytes;
+	Size		length;
+	Size		allocated;
+} SecretText;
+
+static void
+append(SecretText *plain, const char *bytes, Size length)
+{
+	if (length > plain->allocated - plain->length)
+	{
+		Size		wanted = Max(plain->allocated * 2, plain->length + length);
+		char	   *larger;
+
+		if (!AllocSizeIsValid(wanted + 1024))
+			ereport(ERROR,
+					(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+					 errmsg("recovery bundle is too large"),
+					 errhint("Make several, each of some users: pass user_ids.")));
+		larger = kv_secret_alloc(wanted);
+		memcpy(larger, plain->bytes, plain->length);
+		kv_secret_wipe(plain->bytes, plain->length);
+		plain->bytes = larger;
+		plain->allocated = wanted;
+	}
+	memcpy(plain->bytes + plain->length, bytes, length);
+	plain->length += length;
+}
+
+/* Append a field of a line; a NULL value is null. */
+static void
+append_field(SecretText *plain, const char *name, const char *value)
+{
+	StringInfoData field;
+
+	initStringInfo(&field);
+	appendStringInfo(&field, "\"%s\": ", name);
+	if (value)
+		escape_json(&field, pg_server_to_any(value, strlen(value), PG_UTF8));
+	else
+		appendStringInfoString(&field, "null");
+	append(plain, field.data, field.len);
+	kv_secret_wipe(field.data, field.len);
+	pfree(field.data);
+}
+
+/* Append the line of a key, or warn that there is none. */
+static bool
+append_key(SecretText *plain, HeapTuple row, TupleDesc tupdesc)
+{
+	bool		isnull;
+	char	   *user_id = TextDatumGetCString(SPI_getbinval(row, tupdesc, 1, &isnull));
+	char	   *provider = TextDatumGetCString(SPI_getbinval(row, tupdesc, 2, &isnull));
+	pg_uuid_t  *id = DatumGetUUIDP(SPI_getbinval(row, tupdesc, 4, &isnull));
+	char	   *secret = kv_key_row_open(user_id, provider, id, DatumGetByteaPP(SPI_getbinval(row, tupdesc, 5, &isnull)));
+
+	if (secret == NULL)
+	{
+		ereport(WARNING,
+				(errcode(ERRCODE_KV_SECRET_UNREADABLE),
+				 errmsg("API key of user \"%s\" for provider \"%s\" cannot be opened, and is left out", user_id, provider)));
+		return false;
+	}
+	append(plain, "{", 1);
+	append_field(plain, "user_id", user_id);
+	append(plain, ", ", 2);
+	append_field(plain, "provider", provider);
+	append(plain, ", ", 2);
+	append_field(plain, "name", TextDatumGetCString(SPI_getbinval(row, tupdesc, 3, &isnull)));
+	append(plain, ", ", 2);
+	append_field(plain, "key", secret);
+	append(plain, ", ", 2);
+	append_field(plain, "expires_at", SPI_getvalue(row, tupdesc, 6));
+	append(plain, "}\n", 2);
+	kv_secret_wipe(secret, strlen(secret));
+	return true;
+}
+
+/* A function of pgcrypto's, in whatever schema it is. */
+static Oid
+pgcrypto_function(const char *name, int n_arguments)
+{
+	static KvStatement find = {
+		"SELECT p.oid FROM pg_proc p JOIN pg_depend d ON d.classid = 'pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'e'"
+		" JOIN pg_extension e ON e.oid = d.refobjid AND d.refclassid = 'pg_extension'::regclass"
+		" WHERE e.extname = 'pgcrypto' AND p.proname = $1 AND p.pronargs = $2", 2, {TEXTOID, INT4OID}
+	};
+	Datum		values[2] = {CStringGetTextDatum(name), Int32GetDatum(n_arguments)};
+	bool		isnull;
+	Datum		function = kv_statement_value(&find, values, NULL, &isnull);
+
+	if (isnull)
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_FUNCTION),
+				 errmsg("pgcrypto has no function %s", name),
+				 errhint("Run ALTER EXTENSION pgcrypto UPDATE.")));
+	return DatumGetObjectId(function);
+}
+
+/* Encrypt to an armored public key. pgcrypto's own errors say what is wrong with the key. */
+static bytea *
+encrypt(SecretText *plain, Datum public_key)
+{
+	Datum		key = OidFunctionCall1(pgcrypto_function("dearmor", 1), public_key);
+
+	SET_VARSIZE(plain->bytes, plain->length);
+	return DatumGetByteaP(OidFunctionCall3(pgcrypto_function("pgp_pub_encrypt_bytea", 3), PointerGetDatum(plain->bytes), key,
+										   CStringGetTextDatum("cipher-algo=aes256, compress-algo=0")));
+}
+
+Datum
+keyvault_export_recovery_bundle(PG_FUNCTION_ARGS)
+{
+	static KvStatement find = {
+		"SELECT user_id, provider, name, id, ciphertext, to_char(expires_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')"
+		" FROM keyvault.api_keys WHERE source <> 'reference' AND ($1 IS NULL OR user_id = ANY ($1)) ORDER BY user_id, provider, name",
+		1, {TEXTARRAYOID}
+	};
+	MemoryContext context = CurrentMemoryContext;
+	Datum		users = PG_ARGISNULL(1) ? (Datum) 0 : PG_GETARG_DATUM(1);
+	SecretText	plain = {.length = VARHDRSZ,.allocated = BUNDLE_SIZE_MIN};
+	KvOwnerScope scope;
+	SPITupleTable *rows;
+	uint64		n;
+	uint64		exported = 0;
+	bytea	   *bundle;
+
+	kv_redaction_mark_statement();
+	kv_argument_require(fcinfo, 0, "public_key");
+	kv_reveal_require();
+	kv_owner_begin(&scope);
+	n = kv_statement_execute(&find, &users, PG_ARGISNULL(1) ? "n" : NULL);
+	rows = SPI_tuptable;
+	plain.bytes = kv_secret_alloc(plain.allocated);
+	for (uint64 i = 0; i < n; i++)
+	{
+		CHECK_FOR_INTERRUPTS();
+		exported += append_key(&plain, rows->vals[i], rows->tupdesc);
+	}
+	bundle = encrypt(&plain, PG_GETARG_DATUM(0));
+	bundle = (bytea *) memcpy(MemoryContextAlloc(context, VARSIZE(bundle)), bundle, VARSIZE(bundle));
+	kv_owner_end(&scope);
+	ereport(LOG,
+			(errmsg("recovery bundle of %llu API keys made by role \"%s\"",
+					(unsigned long long) exported, GetUserNameFromId(GetUserId(), false))));
+	PG_RETURN_BYTEA_P(bundle);
+}
+
+static void
+raise_bad_line(int line, const char *what)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+			 errmsg("line %d is not a key of a recovery bundle", line),
+			 errdetail("%s", what),
+			 errhint("Pass what a recovery bundle holds when it is decrypted, unchanged.")));
+}
+
+/* A string of a line, in secret memory; NULL for null. */
+static char *
+field_of(Jsonb *object, const char *name, int line, bool required)
+{
+	JsonbValue	buffer;
+	JsonbValue *value = getKeyJsonValueFromContainer(&object->root, name, strlen(name), &buffer);
+	char	   *copy;
+
+	if (!required && (value == NULL || value->type == jbvNull))
+		return NULL;
+	if (value == NULL || value->type != jbvString)
+		raise_bad_line(line, psprintf("It has no string \"%s\".", name));
+	copy = kv_secret_alloc(value->val.string.len + 1);
+	memcpy(copy, value->val.string.val, value->val.string.len);
+	copy[value->val.string.len] = '\0';
+	return copy;
+}
+
+/* Store the key of a line. Call between kv_owner_begin and kv_owner_end. */
+static void
+restore_line(Jsonb *object, int line)
+{
+	KvNewKey	key = {.may_create_user = true};
+	char	   *expires_at;
+
+	if (object == NULL || !JB_ROOT_IS_OBJECT(object))
+		raise_bad_line(line, "It is no JSON object.");
+	key.user_id = field_of(object, "user_id", line, true);
+	key.provider = field_of(object, "provider", line, true);
+	key.name = field_of(object, "name", line, true);
+	key.secret = field_of(object, "key", line, true);
+	expires_at = field_of(object, "expires_at", line, false);
+	if (strlen(key.user_id) > KV_USER_ID_MAX)
+		raise_bad_line(line, psprintf("Its user_id is longer than %d bytes.", KV_USER_ID_MAX));
+	if (*key.name == '\0' || strlen(key.name) >= NAMEDATALEN)
+		raise_bad_line(line, psprintf("Its name is not of 1 to %d bytes.", NAMEDATALEN - 1));
+	key.expires = expires_at != NULL;
+	if (key.expires)
+		key.expires_at = DatumGetTimestampTz(DirectFunctionCall3(timestamptz_in, CStringGetDatum(expires_at),
+																 ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1)));
+	kv_api_key_require_provider(key.provider);
+	kv_key_shape_check(key.secret, strlen(key.secret), key.provider);
+	(void) kv_key_row_write(&key);
+}
+
+Datum
+keyvault_restore_api_keys(PG_FUNCTION_ARGS)
+{
+	KvOwnerScope scope;
+	char	   *lines;
+	char	   *end;
+	int64		restored = 0;
+	int			line = 0;
+
+	kv_redaction_mark_statement();
+	kv_argument_require(fcinfo, 0, "lines");
+	if (!kv_identity_acts_for_any_user())
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("not allowed to store keys of every user"),
+				 errhint("Restore as a superuser.")));
+	lines = kv_argument_secret(fcinfo, 0);
+	lines = pg_server_to_any(lines, strlen(lines), PG_UTF8);
+	kv_owner_begin(&scope);
+	for (char *start = lines; *start; start = end)
+	{
+		line++;
+		end = start + strcspn(start, "\n");
+		if (*end)
+			*end++ = '\0';
+		if (start[strspn(start, " \t\r")] == '\0')
+			continue;
+		restore_line(kv_json_parse(start, strlen(start)), line);
+		restored++;
+	}
+	kv_owner_end(&scope);
+	PG_RETURN_INT64(restored);
+}

@@ -1,0 +1,135 @@
+# Many keys at once, and the recovery drill: export, decrypt with gpg alone, restore into another vault.
+use strict;
+use warnings FATAL => 'all';
+use File::Temp ();
+use IPC::Run ();
+use JSON::PP ();
+use PostgreSQL::Test::Utils;
+use Test::More;
+use Keyvault;
+
+my $node = new_node('batch', conf => "log_statement = all\nlog_min_duration_statement = 0\nlog_parameter_max_length = -1\n");
+
+sub keys_of
+{
+	my ($user, $database) = @_;
+	return $node->safe_psql($database // 'postgres', "SELECT keyvault.user_api_keys('$user')");
+}
+
+sub batch
+{
+	my ($keys, $user) = @_;
+	return "SELECT provider FROM keyvault.store_api_keys('$keys', '$user')";
+}
+
+# A batch.
+is($node->safe_psql('postgres', batch('{"openai": "sk-batch-openai-0123456789", "gemini": "AIza-batch-gemini-0123456789", "exa": "batch-exa-0123456789"}', 'b')),
+	"exa\ngemini\nopenai", 'every key of a batch is stored');
+is(keys_of('b'), '{"exa": "batch-exa-0123456789", "gemini": "AIza-batch-gemini-0123456789", "openai": "sk-batch-openai-0123456789"}', 'and found');
+is($node->safe_psql('postgres', "SELECT count(*) = 3 FROM keyvault.store_api_keys('{\"exa\": \"batch-exa-0123456789\", \"gemini\": \"AIza-batch-gemini-0123456789\", \"openai\": \"sk-batch-openai-0123456789\"}', 'b') s JOIN keyvault.api_keys k USING (id) WHERE k.user_id = 'b' AND k.provider = s.provider AND rotated_at IS NULL"),
+	't', 'stored again, it keeps the ids');
+is($node->safe_psql('postgres', batch('{}', 'b')), '', 'an empty batch stores nothing');
+
+# All or none, and the error names the provider.
+my (undef, undef, $error) = $node->psql('postgres', batch('{"exa": "batch-other-0123456789", "openai": "sk-ant-batch-wrong-0123456789"}', 'b'));
+like($error, qr/ERROR:  API key for provider "openai" is malformed\nDETAIL:  It begins as keys of provider "anthropic" do/, 'an error names the provider');
+unlike($error, qr/batch-/, 'and no key');
+is(JSON::PP::decode_json(keys_of('b'))->{exa}, 'batch-exa-0123456789', 'a bad key keeps the others out, too');
+foreach my $bad ([ '["sk-batch-openai-0123456789"]', 'an array' ], [ '"sk-batch-openai-0123456789"', 'a string' ], [ '{"exa": 12345678}', 'a number' ],
+	[ '{"exa": null}', 'no key' ], [ '{"exa": {"key": "batch-exa-0123456789"}}', 'an object' ], [ '{"sk-batch-openai-0123456789": "openai"}', 'a key for a provider' ])
+{
+	is(state_of($node, batch($bad->[0], 'b')), '22023', "$bad->[1] is refused");
+}
+is(state_of($node, "SELECT keyvault.store_api_keys(NULL, 'b')"), '22004', 'so is nothing');
+is(state_of($node, q(SELECT keyvault.store_api_keys('{"exa": "batch-exa-0123456789"}'))), '42501', 'and nobody');
+is(state_of($node, batch('{"exa": "a\u0000bcdefgh"}', 'b')) ne '', 1, 'and a zero byte');
+
+# The recovery drill.
+$node->safe_psql('postgres', <<'SQL');
+SELECT keyvault.store_api_key('exa', 'quote"back\slash''12', 'odd "name"', 'jörg', now() + interval '1 year');
+SELECT keyvault.store_platform_key('openai', 'sk-platform-0123456789abcdef');
+SELECT keyvault.store_api_key('exa', 'key-that-is-broken', user_id => 'broken');
+UPDATE keyvault.api_keys SET ciphertext = set_byte(ciphertext, 90, 255 - get_byte(ciphertext, 90)) WHERE user_id = 'broken';
+SQL
+my $home = File::Temp::tempdir('kvXXXX', TMPDIR => 1, CLEANUP => 1);
+chmod 0700, $home;
+
+sub gpg
+{
+	my ($input, @arguments) = @_;
+	my ($out, $err) = ('', '');
+	IPC::Run::run([ 'gpg', '--homedir', $home, '--batch', '--quiet', @arguments ], '<', \$input, '>', \$out, '2>', \$err) or diag $err;
+	return $out;
+}
+
+sub make_gpg_key
+{
+	my ($name, $type, $parameters) = @_;
+	gpg("%no-protection\n$parameters\nName-Real: $name\nExpire-Date: 0\n%commit\n", '--generate-key');
+	return gpg('', '--armor', '--export', $name);
+}
+my $public_key = make_gpg_key('Recovery', 'rsa', "Key-Type: RSA\nKey-Length: 2048\nSubkey-Type: RSA\nSubkey-Length: 2048\nSubkey-Usage: encrypt");
+like($public_key, qr/BEGIN PGP PUBLIC KEY/, 'there is a recovery key');
+
+sub export
+{
+	my ($users) = @_;
+	my ($out, $err) = ('', '');
+	$node->psql('postgres', "SELECT public.armor(keyvault.export_recovery_bundle('$public_key', $users))", stdout => \$out, stderr => \$err);
+	return ($out, $err);
+}
+my ($bundle, $warning) = export('NULL');
+like($bundle, qr/^-----BEGIN PGP MESSAGE-----/, 'a bundle is an OpenPGP message');
+like($warning, qr/WARNING:  API key of user "broken".* cannot be opened, and is left out/, 'a key that cannot be opened is left out, with a warning');
+my $lines = gpg($bundle, '--decrypt');
+my @keys = map { JSON::PP::decode_json($_) } split /\n/, $lines;
+is_deeply([ map { "$_->{user_id} $_->{provider} $_->{name} $_->{key}" } @keys ], [
+		' openai default sk-platform-0123456789abcdef', 'b exa default batch-exa-0123456789', 'b gemini default AIza-batch-gemini-0123456789',
+		'b openai default sk-batch-openai-0123456789', "j\x{f6}rg exa odd \"name\" quote\"back\\slash'12" ],
+	'gpg alone opens it: every key');
+my ($some) = export("ARRAY['b']");
+is(scalar(() = gpg($some, '--decrypt') =~ /\n/g), 3, "a bundle of one user's keys");
+my ($none) = export("ARRAY['nobody']");
+is(gpg($none, '--decrypt'), '', 'a bundle of none');
+
+# Into another vault, with another master key's worth of data keys.
+$node->safe_psql('postgres', 'CREATE DATABASE other');
+$node->safe_psql('other', 'CREATE EXTENSION keyvault CASCADE');
+my $file = "$home/bundle.asc";
+append_to_file($file, $bundle);
+is($node->safe_psql('other', "\\set lines `gpg --homedir $home --batch --quiet --decrypt $file`\nSELECT keyvault.restore_api_keys(:'lines')"), '5', 'the drill of the reference restores them');
+is(keys_of('b', 'other'), keys_of('b'), 'the keys of a user are the same there');
+my $all = "SELECT user_id, provider, name, hint, source, date_trunc('second', expires_at) FROM keyvault.api_key_status WHERE user_id <> 'broken' ORDER BY 1, 2, 3";
+is($node->safe_psql('other', $all), $node->safe_psql('postgres', $all), 'names, hints and ends, too');
+is($node->safe_psql('other', q{SELECT keyvault.user_api_key('exa', 'jörg', 'odd "name"')}), q{quote"back\slash'12}, 'quotes and all');
+is($node->safe_psql('other', "SELECT vault_id FROM keyvault.vault") ne $node->safe_psql('postgres', "SELECT vault_id FROM keyvault.vault"), 1, 'it is another vault');
+
+# Lines that are none: nothing is stored, and the error quotes nothing.
+foreach my $bad ('{"user_id": "x", "provider": "exa", "name": "n"}', '{"user_id": "x", "provider": "exa", "name": "n", "key": 5}', 'restored-secret-0123',
+	'["restored-secret-0123"]', '{"user_id": "x", "provider": "exa", "name": "", "key": "restored-secret-0123"}',
+	'{"user_id": "' . 'x' x 256 . '", "provider": "exa", "name": "n", "key": "restored-secret-0123"}', '{"key": "restored-secret-0123"')
+{
+	my (undef, undef, $refused) = $node->psql('other',
+		qq(\\set VERBOSITY verbose\nSELECT keyvault.restore_api_keys('{"user_id": "x", "provider": "exa", "name": "first", "key": "restored-first-01"}\n$bad')));
+	like($refused, qr/22023: line 2 is not a key of a recovery bundle/, 'a bad line is named');
+	unlike($refused =~ s/LINE \d+:.*|STATEMENT:.*//gr, qr/restored-(?:secret|first)/, 'and not quoted');
+}
+is($node->safe_psql('other', "SELECT count(*) FROM keyvault.api_keys WHERE user_id = 'x'"), '0', 'and stores nothing');
+
+# Keys that pgcrypto cannot encrypt to.
+isnt(state_of($node, "SELECT keyvault.export_recovery_bundle('nonsense')"), '', 'no OpenPGP key');
+my $curve = make_gpg_key('Curve', 'ecc', "Key-Type: EDDSA\nKey-Curve: ed25519\nSubkey-Type: ECDH\nSubkey-Curve: cv25519");
+isnt(state_of($node, "SELECT keyvault.export_recovery_bundle('$curve')"), '', 'a key on a curve, which pgcrypto does not know');
+
+# Who may.
+$node->safe_psql('postgres', "CREATE ROLE an_app; SELECT keyvault.grant_access('an_app', 'app'), keyvault.grant_access('an_app', 'admin')");
+is(state_of($node, "SET ROLE an_app; SELECT keyvault.export_recovery_bundle('$public_key')"), '42501', 'no access exports');
+is(state_of($node, "SET ROLE an_app; SELECT keyvault.restore_api_keys('')"), '42501', 'nor restores');
+set_config($node, 'keyvault.reveal', 'off');
+is(state_of($node, "SELECT keyvault.export_recovery_bundle('$public_key')"), '42501', 'with reveal off nobody exports');
+
+my $log = slurp_file($node->logfile);
+like($log, qr/recovery bundle of 5 API keys made by role/, 'the log says who made a bundle');
+unlike($log, qr/batch-(?:openai|gemini|exa|other|wrong)-|platform-0123|back.slash|restored-(?:secret|first)/, 'no key in the log');
+$node->stop;
+done_testing();
