@@ -6,12 +6,27 @@ CREATE TABLE keyvault.plans (
     price_usd       numeric(12,2) CHECK (price_usd >= 0 AND price_usd < 'Infinity'),
     credits_per_usd numeric(18,6) NOT NULL DEFAULT 1000 CHECK (credits_per_usd >= 0 AND credits_per_usd < 'Infinity'),
     own_key_rate    numeric(9,6) NOT NULL DEFAULT 0 CHECK (own_key_rate >= 0 AND own_key_rate < 'Infinity'),
-    seeded          boolean NOT NULL DEFAULT false
+    seeded          boolean NOT NULL DEFAULT false,
+    infrastructure_usd numeric(18,9) NOT NULL DEFAULT 0 CHECK (infrastructure_usd >= 0 AND infrastructure_usd < 'Infinity'),
+    margin          numeric(9,6) NOT NULL DEFAULT 0 CHECK (margin >= 0 AND margin < 'Infinity'),
+    overage         text NOT NULL DEFAULT 'block' CHECK (overage IN ('block', 'report')),
+    unknown_model   text NOT NULL DEFAULT 'charge' CHECK (unknown_model IN ('charge', 'refuse', 'allow')),
+    unknown_model_usd_per_mtok numeric(18,9) NOT NULL DEFAULT 20
+                    CHECK (unknown_model_usd_per_mtok > 0 AND unknown_model_usd_per_mtok < 'Infinity'),
+    notice_percents integer[] NOT NULL DEFAULT '{50,80,100}' CHECK (1 <= ALL (notice_percents) AND 100 >= ALL (notice_percents))
 );
 COMMENT ON TABLE keyvault.plans IS 'What a user may spend in a month, and what provider cost is worth in credits.';
 COMMENT ON COLUMN keyvault.plans.monthly_credits IS 'Credits per period; NULL is unlimited. A change reaches each user at the next period or set_plan.';
 COMMENT ON COLUMN keyvault.plans.price_usd IS 'What the plan costs its user per month, in USD; NULL where it is negotiated.';
-COMMENT ON COLUMN keyvault.plans.credits_per_usd IS 'Credits debited per USD of provider cost: cost, infrastructure and margin together.';
+COMMENT ON COLUMN keyvault.plans.credits_per_usd IS
+    'Credits per USD: a use is debited (provider cost + infrastructure_usd) * (1 + margin) * credits_per_usd.';
+COMMENT ON COLUMN keyvault.plans.infrastructure_usd IS 'Cost of the application''s own per priced use, in USD, whoever pays the provider.';
+COMMENT ON COLUMN keyvault.plans.margin IS 'What is earned on top of both costs, as a fraction of them; 0.2 is 20 percent.';
+COMMENT ON COLUMN keyvault.plans.overage IS 'At the limit: block refuses with KV001; report debits on, and credit_status and credit_periods say how far beyond.';
+COMMENT ON COLUMN keyvault.plans.unknown_model IS
+    'What a use costs whose model has no price: charge by unknown_model_usd_per_mtok, with a WARNING; refuse with 22023; allow for nothing, with a WARNING.';
+COMMENT ON COLUMN keyvault.plans.unknown_model_usd_per_mtok IS 'USD per million tokens of any kind, for a model without a price.';
+COMMENT ON COLUMN keyvault.plans.notice_percents IS 'Parts of a period''s credits, in percent, whose use is noted in credit_notices, once a period.';
 COMMENT ON COLUMN keyvault.plans.own_key_rate IS 'Part of those credits debited when the call used the user''s own key; 0 is free.';
 COMMENT ON COLUMN keyvault.plans.seeded IS 'Shipped with the extension and not changed since.';
 
@@ -58,11 +73,13 @@ CREATE TABLE keyvault.users (
     stripe_price_id           text,
     stripe_current_period_end timestamptz,
     created_at timestamptz NOT NULL DEFAULT now(),
-    updated_at timestamptz NOT NULL DEFAULT now()
+    updated_at timestamptz NOT NULL DEFAULT now(),
+    monthly_credits numeric(18,6) CHECK (monthly_credits >= 0 AND monthly_credits < 'Infinity')
 );
 COMMENT ON TABLE keyvault.users IS 'Who owns keys and credits: a person or an organization, named by the application.';
 COMMENT ON COLUMN keyvault.users.user_id IS 'The application''s own name for the user: 1 to 255 bytes, never changed.';
 COMMENT ON COLUMN keyvault.users.status IS 'active; suspended: no calls; erased: keys destroyed.';
+COMMENT ON COLUMN keyvault.users.monthly_credits IS 'Credits per period agreed with this user; NULL: the plan''s. Set by set_plan.';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.users', '');
 
 ALTER TABLE keyvault.users ENABLE ROW LEVEL SECURITY;
@@ -104,7 +121,7 @@ BEGIN
        SET email = coalesce($2, u.email), name = coalesce($3, u.name), image = coalesce($4, u.image), updated_at = now();
     PERFORM keyvault._create_balance($1);
     IF $5 IS NOT NULL THEN
-        PERFORM keyvault._set_plan($1, $5);
+        PERFORM keyvault._set_plan($1, $5, NULL);
     END IF;
     RETURN $1;
 END $$;
@@ -116,33 +133,50 @@ CREATE FUNCTION keyvault.upsert_user(user_id text, email text = NULL, name text 
 COMMENT ON FUNCTION keyvault.upsert_user(text, text, text, text, text) IS
     'Makes a user, on plan free unless plan names another, or changes the fields given (NULL leaves a field as it is); returns user_id. Errors: 42501 without the right to act for any user or access admin, 22023 for an unknown plan or a bad user_id.';
 
-CREATE FUNCTION keyvault._set_plan(user_id text, plan text) RETURNS void
+CREATE FUNCTION keyvault._set_plan(user_id text, plan text, monthly_credits numeric) RETURNS void
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
 #variable_conflict use_column
 DECLARE
-    credits numeric;
+    u keyvault.users;
+    b keyvault.credit_balances;
+    agreed numeric;
+    used numeric;
 BEGIN
-    SELECT p.monthly_credits INTO credits FROM keyvault.plans p WHERE p.plan = $2;
+    SELECT coalesce($3, p.monthly_credits) INTO agreed FROM keyvault.plans p WHERE p.plan = $2;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'unknown plan "%"', $2
             USING ERRCODE = 'invalid_parameter_value',
                   HINT = format('Known plans: %s. An administrator adds one with INSERT INTO keyvault.plans.',
                                 (SELECT string_agg(p.plan, ', ' ORDER BY p.plan) FROM keyvault.plans p));
     END IF;
-    UPDATE keyvault.users u SET plan = $2, updated_at = now() WHERE u.user_id = $1;
+    IF $3 < 0 OR $3 >= 1e12 OR $3 = 'NaN' THEN
+        RAISE EXCEPTION 'monthly credits must be between 0 and 999999999999'
+            USING ERRCODE = 'invalid_parameter_value', HINT = 'Leave monthly_credits out for the plan''s own.';
+    END IF;
+    SELECT * INTO u FROM keyvault.users WHERE user_id = $1 FOR NO KEY UPDATE;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'user "%" does not exist', $1
             USING ERRCODE = 'invalid_parameter_value', HINT = 'Create it with keyvault.upsert_user().';
     END IF;
-    PERFORM keyvault._lock_balance($1, false);
-    UPDATE keyvault.credit_balances b SET monthly_credits = credits WHERE b.user_id = $1;
+    -- What was due before is done under the plan before.
+    b := keyvault._spend_extra(keyvault._lock_balance($1, false));
+    IF b.monthly_credits IS DISTINCT FROM agreed + b.credits_covered OR u.plan <> $2 THEN
+        used := b.credits_used - b.extra_spent;
+        PERFORM keyvault._close_stretch(b, u.plan, 'plan', now(),
+                                        CASE WHEN b.monthly_credits IS NULL OR agreed IS NULL THEN 0
+                                             ELSE greatest(least(used - b.monthly_credits, used - agreed), 0) END);
+        b.credits_covered := CASE WHEN agreed IS NULL THEN 0 ELSE greatest(used - agreed, 0) END;
+        b.monthly_credits := agreed + b.credits_covered;
+    END IF;
+    UPDATE keyvault.users SET plan = $2, monthly_credits = $3, updated_at = now() WHERE user_id = $1;
+    PERFORM keyvault._save_balance(b);
 END $$;
-COMMENT ON FUNCTION keyvault._set_plan(text, text) IS 'set_plan, after its caller was checked.';
+COMMENT ON FUNCTION keyvault._set_plan(text, text, numeric) IS 'set_plan, after its caller was checked.';
 
-CREATE FUNCTION keyvault.set_plan(user_id text, plan text) RETURNS void
-    LANGUAGE c VOLATILE PARALLEL UNSAFE STRICT
+CREATE FUNCTION keyvault.set_plan(user_id text, plan text, monthly_credits numeric = NULL) RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'keyvault_set_plan';
-COMMENT ON FUNCTION keyvault.set_plan(text, text) IS
-    'Puts a user on a plan at once: its monthly credits count from now, what was used this period stays used. Errors: 42501, 22023 for an unknown user or plan.';
+COMMENT ON FUNCTION keyvault.set_plan(text, text, numeric) IS
+    'Puts a user on a plan at once: its monthly credits, or those agreed with the user, count from now; what was used this period stays used, and what an earlier plan or a grant paid for stays paid. Errors: 42501, 22004, 22023 for an unknown user or plan or a bad amount.';

@@ -38,27 +38,62 @@ COMMENT ON COLUMN keyvault.credit_balances.extra_spent IS 'The part of extra_cre
 COMMENT ON COLUMN keyvault.credit_balances.period_anchor IS 'Period n begins at period_anchor + n months, in UTC.';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.credit_balances', '');
 
-CREATE TABLE keyvault.credit_holds (
-    user_id    text COLLATE "C" NOT NULL,
-    id         uuid NOT NULL DEFAULT keyvault.uuidv7(),
-    amount     numeric(18,6) NOT NULL CHECK (amount >= 0 AND amount < 'Infinity'),
-    created_at timestamptz NOT NULL DEFAULT now(),
-    expires_at timestamptz NOT NULL,
+CREATE INDEX credit_balances_due ON keyvault.credit_balances (due_at) WHERE slot = 0;
+
+-- What a balance was before a period or a plan ended: with it, history can be proved.
+CREATE TABLE keyvault.credit_periods (
+    user_id         text COLLATE "C" NOT NULL,
+    id              uuid NOT NULL DEFAULT keyvault.uuidv7(),
+    ended_by        text NOT NULL CHECK (ended_by IN ('period', 'plan')),
+    plan            text COLLATE "C" NOT NULL,
+    period_start    timestamptz NOT NULL,
+    period_end      timestamptz NOT NULL,
+    ended_at        timestamptz NOT NULL,
+    monthly_credits numeric(18,6),
+    credits_covered numeric(18,6) NOT NULL,
+    credits_used    numeric(18,6) NOT NULL,
+    extra_spent     numeric(18,6) NOT NULL,
+    overage         numeric(18,6) NOT NULL,
     PRIMARY KEY (user_id, id)
 );
-COMMENT ON TABLE keyvault.credit_holds IS 'Credits set aside for calls whose cost is not known yet; a row goes when it is settled or released.';
-COMMENT ON COLUMN keyvault.credit_holds.expires_at IS 'From then on the hold no longer counts; infinity while its request is queued or running.';
-SELECT pg_catalog.pg_extension_config_dump('keyvault.credit_holds', '');
+COMMENT ON TABLE keyvault.credit_periods IS
+    'Append-only history: one row when a period in which credits were used ends, and one when a plan changes within a period.';
+COMMENT ON COLUMN keyvault.credit_periods.ended_by IS 'period: at period_end; plan: by set_plan within the period.';
+COMMENT ON COLUMN keyvault.credit_periods.ended_at IS 'Until when the plan and monthly_credits of the row were in force.';
+COMMENT ON COLUMN keyvault.credit_periods.monthly_credits IS 'What could be used before grants were, credits_covered among it; NULL was unlimited.';
+COMMENT ON COLUMN keyvault.credit_periods.credits_used IS 'Credits debited from period_start to ended_at.';
+COMMENT ON COLUMN keyvault.credit_periods.extra_spent IS 'The part of credits_used that grants paid for.';
+COMMENT ON COLUMN keyvault.credit_periods.overage IS 'The part of credits_used beyond plan and grants, on a plan with overage report.';
+SELECT pg_catalog.pg_extension_config_dump('keyvault.credit_periods', '');
+
+CREATE TABLE keyvault.credit_notices (
+    user_id       text COLLATE "C" NOT NULL,
+    period_start  timestamptz NOT NULL,
+    percent       integer NOT NULL,
+    credits_used  numeric(18,6) NOT NULL,
+    credits_limit numeric(18,6) NOT NULL,
+    noted_at      timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (user_id, period_start, percent)
+);
+COMMENT ON TABLE keyvault.credit_notices IS
+    'For alerts: which part of a period''s credits was used up when, once each per period. plans.notice_percents says which parts.';
+COMMENT ON COLUMN keyvault.credit_notices.percent IS 'Percent of monthly and extra credits together, of the time when it was reached.';
+SELECT pg_catalog.pg_extension_config_dump('keyvault.credit_notices', '');
 
 ALTER TABLE keyvault.credit_balances ENABLE ROW LEVEL SECURITY;
 CREATE POLICY own_rows ON keyvault.credit_balances FOR SELECT
     USING (user_id = (SELECT keyvault.current_user_id()));
 CREATE POLICY read_by_access ON keyvault.credit_balances FOR SELECT
     USING ((SELECT keyvault._may_read_all_usage()));
-ALTER TABLE keyvault.credit_holds ENABLE ROW LEVEL SECURITY;
-CREATE POLICY own_rows ON keyvault.credit_holds FOR SELECT
+ALTER TABLE keyvault.credit_periods ENABLE ROW LEVEL SECURITY;
+CREATE POLICY own_rows ON keyvault.credit_periods FOR SELECT
     USING (user_id = (SELECT keyvault.current_user_id()));
-CREATE POLICY read_by_access ON keyvault.credit_holds FOR SELECT
+CREATE POLICY read_by_access ON keyvault.credit_periods FOR SELECT
+    USING ((SELECT keyvault._may_read_all_usage()));
+ALTER TABLE keyvault.credit_notices ENABLE ROW LEVEL SECURITY;
+CREATE POLICY own_rows ON keyvault.credit_notices FOR SELECT
+    USING (user_id = (SELECT keyvault.current_user_id()));
+CREATE POLICY read_by_access ON keyvault.credit_notices FOR SELECT
     USING ((SELECT keyvault._may_read_all_usage()));
 
 CREATE FUNCTION keyvault._period_bound(anchor timestamptz, number integer) RETURNS timestamptz
@@ -102,9 +137,12 @@ CREATE FUNCTION keyvault._create_balance(user_id text) RETURNS void
 AS $$
 #variable_conflict use_column
 BEGIN
-    INSERT INTO keyvault.credit_balances (user_id, monthly_credits, period_anchor, period_start, period_end, due_at)
-    SELECT u.user_id, p.monthly_credits, a.anchor, a.anchor, keyvault._period_bound(a.anchor, 1), keyvault._period_bound(a.anchor, 1)
-      FROM keyvault.users u JOIN keyvault.plans p ON p.plan = u.plan, date_trunc('day', now(), 'UTC') a(anchor)
+    INSERT INTO keyvault.credit_balances (user_id, monthly_credits, period_anchor, period_start, period_end, due_at, notice_at)
+    SELECT u.user_id, c.monthly, a.anchor, a.anchor, n.ends, n.ends,
+           (SELECT min(t.at) - 0.000001 FROM unnest(p.notice_percents) percent, round(c.monthly * percent / 100, 6) t(at) WHERE t.at > 0)
+      FROM keyvault.users u JOIN keyvault.plans p ON p.plan = u.plan,
+           LATERAL (SELECT coalesce(u.monthly_credits, p.monthly_credits)) c(monthly),
+           date_trunc('day', now(), 'UTC') a(anchor), keyvault._period_bound(a.anchor, 1) n(ends)
      WHERE u.user_id = $1
     ON CONFLICT DO NOTHING;
     IF FOUND THEN
@@ -116,71 +154,11 @@ COMMENT ON FUNCTION keyvault._create_balance(text) IS
 
 -- plpgsql where SQL would do: it keeps its plans, and these run for every call.
 
-CREATE FUNCTION keyvault._roll_period(user_id text) RETURNS keyvault.credit_balances
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    balance keyvault.credit_balances;
-BEGIN
-    UPDATE keyvault.credit_balances b
-       SET extra_credits = CASE WHEN b.monthly_credits IS NULL THEN b.extra_credits
-                                ELSE greatest(b.extra_credits - greatest(b.credits_used - b.monthly_credits, 0), 0) END,
-           credits_used = 0,
-           monthly_credits = p.monthly_credits,
-           period_start = keyvault._period_bound(b.period_anchor, keyvault._period_number(b.period_anchor, now())),
-           period_end = keyvault._period_bound(b.period_anchor, keyvault._period_number(b.period_anchor, now()) + 1),
-           due_at = keyvault._period_bound(b.period_anchor, keyvault._period_number(b.period_anchor, now()) + 1)
-      FROM keyvault.users u JOIN keyvault.plans p ON p.plan = u.plan
-     WHERE b.user_id = $1 AND b.slot = 0 AND u.user_id = b.user_id
-    RETURNING b.* INTO STRICT balance;
-    RETURN balance;
-END $$;
-COMMENT ON FUNCTION keyvault._roll_period(text) IS
-    'Begins the period that contains now() and returns the balance: usage starts at zero, extra credits spent beyond the plan are taken off, the plan''s monthly credits are renewed. The caller holds the balance''s row lock, and its period has ended.';
-
-CREATE FUNCTION keyvault._sweep_holds(user_id text) RETURNS keyvault.credit_balances
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    balance keyvault.credit_balances;
-BEGIN
-    WITH expired AS (
-        DELETE FROM keyvault.credit_holds h
-         WHERE h.user_id = $1 AND h.expires_at <= now()
-        RETURNING h.amount)
-    UPDATE keyvault.credit_balances b
-       SET credits_held = greatest(b.credits_held - (SELECT coalesce(sum(e.amount), 0) FROM expired e), 0)
-     WHERE b.user_id = $1 AND b.slot = 0
-    RETURNING b.* INTO STRICT balance;
-    RETURN balance;
-END $$;
-COMMENT ON FUNCTION keyvault._sweep_holds(text) IS
-    'Takes a user''s expired holds off the balance, and returns it. The caller holds the balance''s row lock.';
-
 CREATE FUNCTION keyvault._credits_left(balance keyvault.credit_balances) RETURNS numeric
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
     RETURN balance.monthly_credits + balance.extra_credits - balance.credits_used - balance.credits_held - balance.credits_lent;
 COMMENT ON FUNCTION keyvault._credits_left(keyvault.credit_balances) IS
     'Credits neither used nor held, negative after a downgrade; NULL is unlimited.';
-
-CREATE FUNCTION keyvault._refuse_credits(balance keyvault.credit_balances, amount numeric) RETURNS void
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-BEGIN
-    RAISE EXCEPTION 'credit limit reached for user "%"', balance.user_id
-        USING ERRCODE = 'KV001',
-              DETAIL = format('%s credits asked for; %s left of %s monthly and %s extra, with %s used and %s held.',
-                              trim_scale(amount),
-                              trim_scale(greatest(keyvault._credits_left(balance), 0)),
-                              trim_scale(balance.monthly_credits), trim_scale(balance.extra_credits),
-                              trim_scale(balance.credits_used), trim_scale(balance.credits_held)),
-              HINT = format('Credits are renewed at %s; a larger plan, set with keyvault.set_plan(), applies at once.',
-                            to_char(balance.period_end AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI "UTC"'));
-END $$;
-COMMENT ON FUNCTION keyvault._refuse_credits(keyvault.credit_balances, numeric) IS 'Raises KV001 with what was asked for, what is left and when credits are renewed.';
 
 -- Everything but the fast debit reads and changes a balance through _lock_balance, and so through _gather_slots.
 
@@ -209,6 +187,107 @@ END $$;
 COMMENT ON FUNCTION keyvault._gather_slots(text) IS
     'Locks a user''s slots in order, makes them one again, slot 0, and returns it; NULL for a user without a balance.';
 
+CREATE FUNCTION keyvault._next_notice(balance keyvault.credit_balances) RETURNS numeric
+    LANGUAGE plpgsql STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    IF EXISTS (SELECT FROM keyvault.credit_budgets g WHERE g.user_id = balance.user_id) THEN
+        RETURN -1;
+    END IF;
+    RETURN (SELECT min(t.at) - 0.000001
+              FROM keyvault.users u JOIN keyvault.plans p ON p.plan = u.plan, unnest(p.notice_percents) percent,
+                   round((balance.monthly_credits + balance.extra_credits) * percent / 100, 6) t(at)
+             WHERE u.user_id = balance.user_id AND t.at > balance.credits_used);
+END $$;
+COMMENT ON FUNCTION keyvault._next_notice(keyvault.credit_balances) IS
+    'credit_balances.notice_at of a balance: just below its next threshold, -1 for a user with budgets, NULL for none.';
+
+CREATE FUNCTION keyvault._note_thresholds(balance keyvault.credit_balances) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    INSERT INTO keyvault.credit_notices (user_id, period_start, percent, credits_used, credits_limit)
+    SELECT balance.user_id, balance.period_start, percent, balance.credits_used, balance.monthly_credits + balance.extra_credits
+      FROM keyvault.users u JOIN keyvault.plans p ON p.plan = u.plan, unnest(p.notice_percents) percent
+     WHERE u.user_id = balance.user_id AND balance.credits_used > 0
+       AND balance.credits_used >= round((balance.monthly_credits + balance.extra_credits) * percent / 100, 6)
+    ON CONFLICT DO NOTHING;
+END $$;
+COMMENT ON FUNCTION keyvault._note_thresholds(keyvault.credit_balances) IS
+    'Notes the thresholds that a balance has reached in its period and that were not noted yet.';
+
+CREATE FUNCTION keyvault._save_balance(balance keyvault.credit_balances) RETURNS keyvault.credit_balances
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    PERFORM keyvault._note_thresholds(balance);
+    balance.notice_at := keyvault._next_notice(balance);
+    balance.due_at := (SELECT least(balance.period_end, min(g.expires_at))
+                         FROM keyvault.credit_grants g WHERE g.user_id = balance.user_id AND g.remaining > 0);
+    UPDATE keyvault.credit_balances b
+       SET monthly_credits = balance.monthly_credits, extra_credits = balance.extra_credits, credits_used = balance.credits_used,
+           credits_held = balance.credits_held, period_start = balance.period_start, period_end = balance.period_end,
+           due_at = balance.due_at, notice_at = balance.notice_at, credits_covered = balance.credits_covered,
+           extra_spent = balance.extra_spent
+     WHERE b.user_id = balance.user_id AND b.slot = 0;
+    RETURN balance;
+END $$;
+COMMENT ON FUNCTION keyvault._save_balance(keyvault.credit_balances) IS
+    'Writes a changed balance, whose row the caller has locked, with the thresholds it reached, its due_at and notice_at.';
+
+CREATE FUNCTION keyvault._close_stretch(balance keyvault.credit_balances, plan text, ended_by text, ended_at timestamptz, overage numeric)
+    RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    INSERT INTO keyvault.credit_periods (user_id, ended_by, plan, period_start, period_end, ended_at, monthly_credits,
+                                         credits_covered, credits_used, extra_spent, overage)
+    VALUES (balance.user_id, $3, $2, balance.period_start, balance.period_end, $4, balance.monthly_credits,
+            balance.credits_covered, balance.credits_used, balance.extra_spent, $5);
+END $$;
+COMMENT ON FUNCTION keyvault._close_stretch(keyvault.credit_balances, text, text, timestamptz, numeric) IS
+    'Leaves a row in credit_periods. The balance''s grants have paid what they owe.';
+
+CREATE FUNCTION keyvault._overage(balance keyvault.credit_balances) RETURNS numeric
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN coalesce(greatest(balance.credits_used - balance.monthly_credits - balance.extra_spent, 0), 0);
+COMMENT ON FUNCTION keyvault._overage(keyvault.credit_balances) IS
+    'Credits used beyond plan and grants, of a balance whose grants have paid what they owe.';
+
+CREATE FUNCTION keyvault._catch_up(balance keyvault.credit_balances) RETURNS keyvault.credit_balances
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+#variable_conflict use_column
+DECLARE
+    u keyvault.users;
+    number integer;
+BEGIN
+    -- Grants pay first, in their order, then expire: nothing was debited since the first of them expired.
+    balance := keyvault._expire_grants(keyvault._spend_extra(balance));
+    IF balance.period_end <= now() THEN
+        SELECT * INTO STRICT u FROM keyvault.users WHERE user_id = balance.user_id;
+        IF balance.credits_used > 0 OR balance.extra_spent > 0 THEN
+            PERFORM keyvault._close_stretch(balance, u.plan, 'period', balance.period_end, keyvault._overage(balance));
+        END IF;
+        number := keyvault._period_number(balance.period_anchor, now());
+        balance.extra_credits := balance.extra_credits - balance.extra_spent;
+        balance.extra_spent := 0;
+        balance.credits_used := 0;
+        balance.credits_covered := 0;
+        balance.monthly_credits := coalesce(u.monthly_credits, (SELECT p.monthly_credits FROM keyvault.plans p WHERE p.plan = u.plan));
+        balance.period_start := keyvault._period_bound(balance.period_anchor, number);
+        balance.period_end := keyvault._period_bound(balance.period_anchor, number + 1);
+    END IF;
+    RETURN keyvault._save_balance(balance);
+END $$;
+COMMENT ON FUNCTION keyvault._catch_up(keyvault.credit_balances) IS
+    'Does for a locked balance what is due, and returns it: grants that have expired end, and when its period has, the one that contains now() begins: usage at zero, what grants paid for taken off, the monthly credits renewed.';
+
 CREATE FUNCTION keyvault._lock_balance(user_id text, may_create boolean) RETURNS keyvault.credit_balances
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
@@ -221,14 +300,31 @@ BEGIN
         balance := keyvault._gather_slots($1);
     END IF;
     IF balance.due_at <= now() THEN
-        balance := keyvault._roll_period($1);
+        balance := keyvault._catch_up(balance);
     END IF;
     RETURN balance;
 END $$;
 COMMENT ON FUNCTION keyvault._lock_balance(text, boolean) IS
-    'Locks a user''s balance, after making the user where allowed, begins a due period, and returns the row. Error: 22023.';
+    'Locks a user''s balance, after making the user where allowed, does what is due, and returns the row. Error: 22023.';
 
-CREATE FUNCTION keyvault._require_credits(user_id text, amount numeric, may_create boolean) RETURNS void
+CREATE FUNCTION keyvault._refuse_credits(balance keyvault.credit_balances, amount numeric) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    RAISE EXCEPTION 'credit limit reached for user "%"', balance.user_id
+        USING ERRCODE = 'KV001',
+              DETAIL = format('%s credits asked for; %s left of %s monthly and %s extra, with %s used and %s held.',
+                              trim_scale(amount),
+                              trim_scale(greatest(keyvault._credits_left(balance), 0)),
+                              trim_scale(balance.monthly_credits), trim_scale(balance.extra_credits),
+                              trim_scale(balance.credits_used), trim_scale(balance.credits_held)),
+              HINT = format('Credits are renewed at %s; a larger plan, set with keyvault.set_plan(), applies at once.',
+                            to_char(balance.period_end AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI "UTC"'));
+END $$;
+COMMENT ON FUNCTION keyvault._refuse_credits(keyvault.credit_balances, numeric) IS 'Raises KV001 with what was asked for, what is left and when credits are renewed.';
+
+CREATE FUNCTION keyvault._require_credits(user_id text, amount numeric, may_create boolean) RETURNS keyvault.credit_balances
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
@@ -238,57 +334,86 @@ BEGIN
     IF keyvault._credits_left(balance) < amount AND balance.credits_held > 0 THEN
         balance := keyvault._sweep_holds($1);
     END IF;
-    IF keyvault._credits_left(balance) < amount THEN
+    IF keyvault._credits_left(balance) < amount AND NOT keyvault._reports_overage($1) THEN
         PERFORM keyvault._refuse_credits(balance, amount);
     END IF;
+    RETURN balance;
 END $$;
 COMMENT ON FUNCTION keyvault._require_credits(text, numeric, boolean) IS
-    'Locks a user''s balance and sees that amount is left, with no expired hold in the way. Errors: KV001, 22023.';
+    'Locks a user''s balance, sees that amount is left, with no expired hold in the way, or that the plan lets it go beyond, and returns it. Errors: KV001, 22023.';
+
+CREATE FUNCTION keyvault._reports_overage(user_id text) RETURNS boolean
+    LANGUAGE plpgsql STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    RETURN EXISTS (SELECT FROM keyvault.users u JOIN keyvault.plans p ON p.plan = u.plan
+                    WHERE u.user_id = $1 AND p.overage = 'report');
+END $$;
+COMMENT ON FUNCTION keyvault._reports_overage(text) IS 'True when a user''s plan debits beyond the limit.';
 
 CREATE FUNCTION keyvault._debit_slow(user_id text, amount numeric, may_create boolean) RETURNS void
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
+DECLARE
+    balance keyvault.credit_balances := keyvault._require_credits($1, amount, may_create);
 BEGIN
-    PERFORM keyvault._require_credits($1, amount, may_create);
-    UPDATE keyvault.credit_balances b SET credits_used = b.credits_used + amount
-     WHERE b.user_id = $1 AND b.slot = 0;
+    IF balance.notice_at < 0 THEN
+        PERFORM keyvault._charge_budgets($1);
+    END IF;
+    balance.credits_used := balance.credits_used + amount;
+    IF balance.notice_at < 0 OR balance.credits_used > balance.notice_at THEN
+        PERFORM keyvault._save_balance(balance);
+    ELSE
+        UPDATE keyvault.credit_balances b SET credits_used = balance.credits_used
+         WHERE b.user_id = $1 AND b.slot = 0;
+    END IF;
 END $$;
 COMMENT ON FUNCTION keyvault._debit_slow(text, numeric, boolean) IS
-    'The debit when one conditional update did not find room: a missing user, an ended period or expired holds are put right first. Errors: KV001, 22023.';
+    'The debit where one comparison did not do: a missing user, an ended period, expired holds or grants, a threshold, budgets, overage. Errors: KV001, 22023.';
 
-CREATE FUNCTION keyvault._hold_credits(user_id text, amount numeric, expires_at timestamptz, may_create boolean) RETURNS uuid
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-#variable_conflict use_variable
-DECLARE
-    hold uuid := keyvault.uuidv7();
-BEGIN
-    PERFORM keyvault._require_credits($1, amount, may_create);
-    UPDATE keyvault.credit_balances b SET credits_held = b.credits_held + amount
-     WHERE b.user_id = $1 AND b.slot = 0;
-    INSERT INTO keyvault.credit_holds (user_id, id, amount, expires_at) VALUES ($1, hold, amount, expires_at);
-    RETURN hold;
-END $$;
-COMMENT ON FUNCTION keyvault._hold_credits(text, numeric, timestamptz, boolean) IS
-    'Sets credits aside until expires_at and returns the hold''s id. Errors: KV001, 22023.';
-
-CREATE FUNCTION keyvault._release_hold(user_id text, hold uuid) RETURNS boolean
+CREATE FUNCTION keyvault._reset_due_credits(batch integer) RETURNS bigint
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
-    released numeric;
+    plain keyvault.credit_balances[];
+    others keyvault.credit_balances[];
+    balance keyvault.credit_balances;
 BEGIN
-    -- The balance is locked before the hold, in the order of every other path.
-    PERFORM keyvault._gather_slots($1);
-    DELETE FROM keyvault.credit_holds h WHERE h.user_id = $1 AND h.id = hold RETURNING h.amount INTO released;
-    IF NOT FOUND THEN
-        RETURN false;
+    IF batch IS NULL OR batch < 1 THEN
+        RAISE EXCEPTION 'batch must be 1 or more' USING ERRCODE = 'invalid_parameter_value', HINT = 'Leave it out for 10000.';
     END IF;
-    UPDATE keyvault.credit_balances b SET credits_held = greatest(b.credits_held - released, 0)
-     WHERE b.user_id = $1 AND b.slot = 0;
-    RETURN true;
+    -- Whoever holds a balance does what is due itself. Without slots, grants and budgets that is little.
+    SELECT array_agg(d.b) FILTER (WHERE p.is_plain), array_agg(d.b) FILTER (WHERE NOT p.is_plain) INTO plain, others
+      FROM (SELECT b FROM keyvault.credit_balances b
+             WHERE b.slot = 0 AND b.due_at <= now() AND EXISTS (SELECT FROM keyvault.users u WHERE u.user_id = b.user_id)
+             ORDER BY b.due_at LIMIT batch FOR NO KEY UPDATE SKIP LOCKED) d
+     CROSS JOIN LATERAL (SELECT (d.b).credits_lent = 0 AND (d.b).extra_credits = 0 AND (d.b).extra_spent = 0
+                                AND coalesce((d.b).notice_at, 0) >= 0) p(is_plain);
+    WITH begun AS MATERIALIZED (
+        SELECT d.*, u.plan, keyvault._period_number(d.period_anchor, now()) AS number,
+               coalesce(u.monthly_credits, p.monthly_credits) AS renewed, p.notice_percents
+          FROM unnest(plain) d JOIN keyvault.users u ON u.user_id = d.user_id JOIN keyvault.plans p ON p.plan = u.plan
+    ), closed AS (
+        INSERT INTO keyvault.credit_periods (user_id, ended_by, plan, period_start, period_end, ended_at, monthly_credits,
+                                             credits_covered, credits_used, extra_spent, overage)
+        SELECT n.user_id, 'period', n.plan, n.period_start, n.period_end, n.period_end, n.monthly_credits,
+               n.credits_covered, n.credits_used, 0, coalesce(greatest(n.credits_used - n.monthly_credits, 0), 0)
+          FROM begun n WHERE n.credits_used > 0)
+    UPDATE keyvault.credit_balances b
+       SET credits_used = 0, credits_covered = 0, monthly_credits = n.renewed,
+           period_start = keyvault._period_bound(n.period_anchor, n.number),
+           period_end = keyvault._period_bound(n.period_anchor, n.number + 1),
+           due_at = keyvault._period_bound(n.period_anchor, n.number + 1),
+           notice_at = (SELECT min(t.at) - 0.000001
+                          FROM unnest(n.notice_percents) percent, round(n.renewed * percent / 100, 6) t(at) WHERE t.at > 0)
+      FROM begun n
+     WHERE b.user_id = n.user_id AND b.slot = 0;
+    FOREACH balance IN ARRAY coalesce(others, '{}') LOOP
+        PERFORM keyvault._lock_balance(balance.user_id, false);
+    END LOOP;
+    RETURN coalesce(cardinality(plain), 0) + coalesce(cardinality(others), 0);
 END $$;
-COMMENT ON FUNCTION keyvault._release_hold(text, uuid) IS 'Gives a hold back to its user''s balance; false when there is no such hold.';
+COMMENT ON FUNCTION keyvault._reset_due_credits(integer) IS 'reset_due_credits, after its caller was checked.';

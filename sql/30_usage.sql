@@ -21,7 +21,7 @@ CREATE TABLE keyvault.usage_records (
     cached_tokens   bigint,
     output_tokens   bigint,
     tokens          bigint NOT NULL DEFAULT 0,
-    credits         numeric(18,6) NOT NULL DEFAULT 0,
+    credits         numeric(18,6) NOT NULL DEFAULT NULL,
     credits_overrun numeric(18,6) NOT NULL DEFAULT 0,
     cost_usd        numeric(18,9) NOT NULL DEFAULT 0,
     request_id      uuid,
@@ -30,6 +30,11 @@ CREATE TABLE keyvault.usage_records (
     idempotency_key text,
     metadata        jsonb NOT NULL DEFAULT '{}',
     debit_tag       bigint NOT NULL DEFAULT keyvault._debit_tag(),
+    reasoning_tokens bigint,
+    units           numeric(18,6),
+    member_id       text,
+    hold_id         uuid,
+    price           jsonb,
     PRIMARY KEY (user_id, created_at, id)
 ) PARTITION BY RANGE (created_at);
 COMMENT ON TABLE keyvault.usage_records IS
@@ -40,9 +45,16 @@ COMMENT ON COLUMN keyvault.usage_records.input_tokens IS 'Tokens read, cached on
 COMMENT ON COLUMN keyvault.usage_records.cached_tokens IS 'The part of input_tokens that came from the provider''s cache.';
 COMMENT ON COLUMN keyvault.usage_records.output_tokens IS 'Tokens written, reasoning included.';
 COMMENT ON COLUMN keyvault.usage_records.tokens IS 'All tokens together.';
-COMMENT ON COLUMN keyvault.usage_records.credits IS 'Credits debited by this row.';
+COMMENT ON COLUMN keyvault.usage_records.credits IS
+    'Credits debited by this row. An INSERT that leaves them out has the row priced, by its model and tokens or by the cost_usd it gives.';
 COMMENT ON COLUMN keyvault.usage_records.credits_overrun IS 'Credits a provider call cost beyond what the user had left; not debited.';
 COMMENT ON COLUMN keyvault.usage_records.cost_usd IS 'What the provider charges for it, in USD.';
+COMMENT ON COLUMN keyvault.usage_records.reasoning_tokens IS 'The part of output_tokens that the model spent on thinking.';
+COMMENT ON COLUMN keyvault.usage_records.units IS 'What is not counted in tokens: images, seconds, pages; model_prices.unit says what.';
+COMMENT ON COLUMN keyvault.usage_records.member_id IS 'Who of an organization used it, for budgets.';
+COMMENT ON COLUMN keyvault.usage_records.hold_id IS 'The hold, or the request, that this row settled. Budgets count such a row and do not refuse it.';
+COMMENT ON COLUMN keyvault.usage_records.price IS
+    'The price that was used: provider, model, valid_from, USD per million tokens, per request and per unit, the context tier, and what made credits of it. NULL for a row with credits of its own.';
 COMMENT ON COLUMN keyvault.usage_records.debit_tag IS
     'Names the transaction that debited the row. A row that arrives with another transaction''s tag, by pg_restore or logical replication, is not debited again.';
 
@@ -72,6 +84,12 @@ CREATE FUNCTION keyvault._flush_debits() RETURNS trigger
     AS 'MODULE_PATHNAME', 'keyvault_flush_debits';
 COMMENT ON FUNCTION keyvault._flush_debits() IS 'Statement trigger of usage_records: debits what its statement owes. Errors: KV001, 22023.';
 
+CREATE FUNCTION keyvault._price_usage() RETURNS trigger
+    LANGUAGE c
+    AS 'MODULE_PATHNAME', 'keyvault_price_usage';
+COMMENT ON FUNCTION keyvault._price_usage() IS
+    'Row trigger of usage_records: prices a row without credits. Error: 22023 for an unknown model on a plan that refuses it.';
+
 CREATE FUNCTION keyvault._refuse_change() RETURNS trigger
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
@@ -86,6 +104,10 @@ COMMENT ON FUNCTION keyvault._refuse_change() IS 'Trigger that refuses UPDATE, D
 CREATE TRIGGER collect_debit AFTER INSERT ON keyvault.usage_records
     FOR EACH ROW EXECUTE FUNCTION keyvault._collect_debit();
 ALTER TABLE keyvault.usage_records ENABLE ALWAYS TRIGGER collect_debit;
+-- In C, without WHEN: PostgreSQL would plan a condition anew for every statement.
+CREATE TRIGGER price_usage BEFORE INSERT ON keyvault.usage_records
+    FOR EACH ROW EXECUTE FUNCTION keyvault._price_usage();
+ALTER TABLE keyvault.usage_records ENABLE ALWAYS TRIGGER price_usage;
 CREATE TRIGGER refuse_change BEFORE UPDATE OR DELETE ON keyvault.usage_records
     FOR EACH ROW EXECUTE FUNCTION keyvault._refuse_change();
 ALTER TABLE keyvault.usage_records ENABLE ALWAYS TRIGGER refuse_change;

@@ -62,6 +62,20 @@ CREATE TRIGGER keep_customized BEFORE INSERT OR UPDATE ON keyvault.providers
     FOR EACH ROW EXECUTE FUNCTION keyvault._keep_customized('{provider}');
 SELECT pg_catalog.pg_extension_config_dump('keyvault.providers', 'WHERE NOT seeded');
 
+CREATE FUNCTION keyvault._are_context_tiers(tiers jsonb) RETURNS boolean
+    LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    RETURN tiers IS NULL OR (jsonb_typeof(tiers) = 'array' AND NOT EXISTS (
+        SELECT FROM jsonb_array_elements(tiers) t
+         WHERE jsonb_typeof(t) <> 'object' OR NOT t ? 'over' OR EXISTS (
+            SELECT FROM jsonb_each(t) e
+             WHERE e.key NOT IN ('over', 'input', 'cached_input', 'output', 'reasoning') OR jsonb_typeof(e.value) <> 'number'
+                OR e.value::numeric < 0 OR e.value::numeric >= 1e9)));
+END $$;
+COMMENT ON FUNCTION keyvault._are_context_tiers(jsonb) IS 'True for NULL and for what model_prices.context_tiers may hold.';
+
 CREATE TABLE keyvault.model_prices (
     provider      text COLLATE "C" NOT NULL,
     model         text COLLATE "C" NOT NULL,
@@ -72,8 +86,19 @@ CREATE TABLE keyvault.model_prices (
     context_window integer CHECK (context_window > 0),
     source        text,
     seeded        boolean NOT NULL DEFAULT false,
+    reasoning_usd_per_mtok    numeric(18,9) CHECK (reasoning_usd_per_mtok >= 0 AND reasoning_usd_per_mtok < 'Infinity'),
+    usd_per_request numeric(18,9) NOT NULL DEFAULT 0 CHECK (usd_per_request >= 0 AND usd_per_request < 'Infinity'),
+    usd_per_unit  numeric(18,9) NOT NULL DEFAULT 0 CHECK (usd_per_unit >= 0 AND usd_per_unit < 'Infinity'),
+    unit          text CHECK (unit <> ''),
+    context_tiers jsonb CHECK (keyvault._are_context_tiers(context_tiers)),
     PRIMARY KEY (provider, model, valid_from)
 );
+COMMENT ON COLUMN keyvault.model_prices.reasoning_usd_per_mtok IS 'For the output tokens that are reasoning; NULL: as the others.';
+COMMENT ON COLUMN keyvault.model_prices.usd_per_request IS 'Besides tokens, for each use.';
+COMMENT ON COLUMN keyvault.model_prices.usd_per_unit IS 'Besides tokens, for each of usage_records.units.';
+COMMENT ON COLUMN keyvault.model_prices.unit IS 'What units counts, for people: image, second, page.';
+COMMENT ON COLUMN keyvault.model_prices.context_tiers IS
+    'Prices of a whole use with more input tokens than "over": [{"over": 200000, "input": 6, "cached_input": 0.6, "output": 22.5, "reasoning": 22.5}, ...], each in USD per million tokens; a price that is left out stays. The highest tier that applies counts.';
 COMMENT ON TABLE keyvault.model_prices IS 'What providers charge per million tokens, in USD; the row with the latest valid_from that has come counts.';
 COMMENT ON COLUMN keyvault.model_prices.cached_input_usd_per_mtok IS 'For input tokens from the provider''s cache; NULL: as fresh ones.';
 COMMENT ON COLUMN keyvault.model_prices.source IS 'Where the figures come from.';
@@ -161,6 +186,37 @@ VALUES
     ('xai', 'grok-4.20', 1.25, 2.5, 0.2, 1000000, 'genai-prices 0.1.8 (2026-09-23); long-context tier over 199999 tokens', true),
     ('xai', 'grok-build-0.1', 1, 2, 0.2, 256000, 'genai-prices 0.1.8 (2026-09-23); models.dev f3fc69229 (2026-07-02) agrees; long-context tier over 199999 tokens', true);
 
+INSERT INTO keyvault.model_prices
+    (provider, model, valid_from, input_usd_per_mtok, output_usd_per_mtok, cached_input_usd_per_mtok, context_window, source, seeded)
+VALUES
+    ('gemini', 'gemini-3.8-flash', '2027-01-01 00:00+00', 1.5, 7.5, 0.15, 1000000, 'genai-prices 0.1.8 (2026-09-23)', true),
+    ('gemini', 'gemini-3.7-flash', '2027-01-01 00:00+00', 1.5, 7.5, 0.15, 1000000, 'genai-prices 0.1.8 (2026-09-23)', true),
+    ('gemini', 'gemini-3.6-flash', '2027-01-01 00:00+00', 1.5, 7.5, 0.15, 1000000, 'genai-prices 0.1.8 (2026-09-23)', true);
+
+UPDATE keyvault.model_prices m
+   SET context_tiers = jsonb_build_array(jsonb_strip_nulls(jsonb_build_object('over', t.over_tokens, 'input', t.input,
+                                                                              'cached_input', t.cached_input, 'output', t.output)))
+  FROM (VALUES
+          ('openai', 'gpt-6-astra', 271999, 20, 2, 75),
+          ('openai', 'gpt-6-sol', 272000, 4, 0.4, 15),
+          ('openai', 'gpt-6-luna', 272000, 0.2, 0.02, 0.75),
+          ('openai', 'gpt-5.6-sol', 271999, 8, 0.8, 30),
+          ('openai', 'gpt-5.6-terra', 271999, 4, 0.4, 18),
+          ('openai', 'gpt-5.6-luna', 271999, 0.4, 0.04, 1.8),
+          ('openai', 'gpt-5.5-pro', 271999, 60, NULL, 270),
+          ('openai', 'gpt-5.5', 271999, 10, 1, 45),
+          ('openai', 'gpt-5.4', 271999, 5, 0.5, 22.5),
+          ('anthropic', 'claude-sonnet-4-5', 200000, 6, 0.6, 22.5),
+          ('gemini', 'gemini-3.1-pro-preview', 200000, 4, 0.4, 18),
+          ('gemini', 'gemini-2.5-pro', 200000, 2.5, 0.25, 15),
+          ('xai', 'grok-4.6', 199999, 4, 1, 12),
+          ('xai', 'grok-4.5', 199999, 4, 0.6, 12),
+          ('xai', 'grok-4.3', 199999, 2.5, 0.4, 5),
+          ('xai', 'grok-4.20', 199999, 2.5, 0.4, 5),
+          ('xai', 'grok-build-0.1', 199999, 2, 0.4, 4)
+       ) t(provider, model, over_tokens, input, cached_input, output)
+ WHERE m.provider OPERATOR(pg_catalog.=) t.provider AND m.model OPERATOR(pg_catalog.=) t.model;
+
 CREATE TRIGGER keep_customized BEFORE INSERT OR UPDATE ON keyvault.model_prices
     FOR EACH ROW EXECUTE FUNCTION keyvault._keep_customized('{provider,model,valid_from}');
 SELECT pg_catalog.pg_extension_config_dump('keyvault.model_prices', 'WHERE NOT seeded');
@@ -177,23 +233,3 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION keyvault._unknown_provider() IS
     'Raises 22023 with the providers that are known; what was asked for is not quoted, as it may be a key in the wrong place.';
-
-CREATE FUNCTION keyvault._price_usd(provider text, model text, at timestamptz, input_tokens bigint, cached_tokens bigint, output_tokens bigint) RETURNS numeric
-    LANGUAGE plpgsql STABLE
-    SET search_path = pg_catalog, pg_temp
-AS $$
-#variable_conflict use_column
-DECLARE
-    family text := regexp_replace($2, '-([0-9]{8}|[0-9]{4}-[0-9]{2}-[0-9]{2}|latest)$', '');
-    p keyvault.model_prices;
-BEGIN
-    SELECT * INTO p FROM keyvault.model_prices m
-     WHERE m.provider = $1 AND m.model IN ($2, family) AND m.valid_from <= at
-     ORDER BY m.model = $2 DESC, m.valid_from DESC
-     LIMIT 1;
-    RETURN round(((input_tokens - cached_tokens) * p.input_usd_per_mtok
-                  + cached_tokens * coalesce(p.cached_input_usd_per_mtok, p.input_usd_per_mtok)
-                  + output_tokens * p.output_usd_per_mtok) / 1000000, 9);
-END $$;
-COMMENT ON FUNCTION keyvault._price_usd(text, text, timestamptz, bigint, bigint, bigint) IS
-    'What a call cost in USD by model_prices, NULL for a model without a price. A dated or "latest" name of a model counts as the model; cached_tokens are part of input_tokens.';

@@ -235,8 +235,9 @@ BEGIN
     END IF;
     estimate := keyvault._estimate_usd(p, the_model, the_body);
     owed := keyvault._credits_owed(u.plan, key.payer, estimate);
-    IF owed > 0 THEN
-        hold := keyvault._hold_credits($1, owed, 'infinity', false);
+    -- Without credits to set aside, budgets in USD may still have to be.
+    IF owed > 0 OR EXISTS (SELECT FROM keyvault.credit_budgets g WHERE g.user_id = $1) THEN
+        hold := keyvault._hold_credits($1, owed, 'infinity', false, the_model, estimate);
     END IF;
     INSERT INTO keyvault.requests (user_id, id, provider, model, type, path, payer, api_key_id, call_key, timeout_ms,
                                    hold_id, estimated_usd, idempotency_key, metadata, body)
@@ -257,19 +258,6 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION keyvault._enqueue_request(text, uuid, text, jsonb, text, text, text, bytea, text, text, integer, jsonb, boolean) IS
     'request, after its caller was checked. Errors: 22023, 40001, 42501, KV001, KV003, KV007.';
-
-CREATE FUNCTION keyvault._credits_owed(plan text, payer text, cost_usd numeric) RETURNS numeric
-    LANGUAGE plpgsql STABLE
-    SET search_path = pg_catalog, pg_temp
-AS $$
-#variable_conflict use_column
-DECLARE
-    p keyvault.plans;
-BEGIN
-    SELECT * INTO STRICT p FROM keyvault.plans WHERE plan = $1;
-    RETURN least(round(cost_usd * p.credits_per_usd * CASE payer WHEN 'user' THEN p.own_key_rate ELSE 1 END, 6), 999999999999);
-END $$;
-COMMENT ON FUNCTION keyvault._credits_owed(text, text, numeric) IS 'What a cost in USD is in credits on a plan, by whose key was used.';
 
 CREATE FUNCTION keyvault._claim_requests(capacity integer, per_user integer, after_user text)
     RETURNS TABLE (user_id text, id uuid, attempt integer, provider text, dialect text, base_url text, path text,
@@ -329,11 +317,13 @@ AS $$
 #variable_conflict use_column
 DECLARE
     r keyvault.requests;
-    balance keyvault.credit_balances;
+    plan text;
+    asked keyvault.model_prices;
+    use record;
+    sold record;
     cost numeric := 0;
     owed numeric := 0;
     charged numeric := 0;
-    held numeric;
 BEGIN
     UPDATE keyvault.requests SET status = $4, finished_at = clock_timestamp(), error = $7, call_key = NULL
      WHERE user_id = $1 AND id = $2 AND status = 'sent' AND attempts = $3
@@ -342,34 +332,32 @@ BEGIN
         RETURN false;
     END IF;
     IF $4 = 'done' OR $5 BETWEEN 200 AND 299 THEN
+        SELECT u.plan INTO plan FROM keyvault.users u WHERE u.user_id = $1;
+        asked := keyvault._find_price(r.provider, r.model, now());
+        IF asked.model IS NULL THEN
+            asked := keyvault._find_price(r.provider, $8, now());
+        END IF;
+        SELECT q.usd, q.used INTO use FROM keyvault._use_usd(asked, $9, $10, $11, NULL, NULL) q WHERE $9 IS NOT NULL;
+        SELECT q.usd INTO sold
+          FROM keyvault._use_usd(keyvault._find_price(r.provider, asked.model, now(), plan), $9, $10, $11, NULL, NULL) q WHERE $9 IS NOT NULL;
         -- An answer that does not say what it used is charged as estimated, never silently free.
-        cost := least(coalesce($12, CASE WHEN $9 IS NOT NULL THEN
-                    coalesce(keyvault._price_usd(r.provider, r.model, now(), $9, $10, $11),
-                             keyvault._price_usd(r.provider, $8, now(), $9, $10, $11)) END, r.estimated_usd), 999999999);
-        SELECT keyvault._credits_owed(u.plan, r.payer, cost) INTO owed FROM keyvault.users u WHERE u.user_id = $1;
+        cost := least(coalesce($12, use.usd, r.estimated_usd), 999999999);
+        owed := keyvault._credits_owed(plan, r.payer, coalesce(sold.usd, cost));
     END IF;
-    IF owed > 0 OR r.hold_id IS NOT NULL THEN
-        balance := keyvault._lock_balance($1, false);
-        IF $4 = 'unknown' THEN
-            -- The provider may have charged for it: the credits stay set aside for a day.
-            UPDATE keyvault.credit_holds SET expires_at = now() + interval '1 day' WHERE user_id = $1 AND id = r.hold_id;
-        ELSE
-            DELETE FROM keyvault.credit_holds WHERE user_id = $1 AND id = r.hold_id RETURNING amount INTO held;
-            IF FOUND THEN
-                UPDATE keyvault.credit_balances SET credits_held = greatest(credits_held - held, 0)
-                 WHERE user_id = $1 AND slot = 0 RETURNING * INTO balance;
-            END IF;
-        END IF;
-        IF keyvault._credits_left(balance) < owed AND balance.credits_held > 0 THEN
-            balance := keyvault._sweep_holds($1);
-        END IF;
-        charged := least(owed, coalesce(greatest(keyvault._credits_left(balance), 0), owed));
+    IF $4 = 'unknown' AND r.hold_id IS NOT NULL THEN
+        -- The provider may have charged for it: the credits stay set aside for a day.
+        PERFORM keyvault._lock_balance($1, false);
+        UPDATE keyvault.credit_holds SET expires_at = now() + interval '1 day' WHERE user_id = $1 AND id = r.hold_id;
+    END IF;
+    IF owed > 0 OR r.hold_id IS NOT NULL AND $4 <> 'unknown' THEN
+        charged := keyvault._settle_hold($1, CASE WHEN $4 <> 'unknown' THEN r.hold_id END, owed);
     END IF;
     IF $4 = 'done' OR cost > 0 THEN
         INSERT INTO keyvault.usage_records (user_id, type, provider, model, payer, input_tokens, cached_tokens, output_tokens, tokens,
-                                            credits, credits_overrun, cost_usd, request_id, api_key_id, idempotency_key, metadata)
+                                            credits, credits_overrun, cost_usd, request_id, api_key_id, idempotency_key, metadata, hold_id, price)
         VALUES ($1, r.type, r.provider, coalesce(r.model, $8), r.payer, $9, $10, $11, coalesce($9, 0) + coalesce($11, 0),
-                charged, owed - charged, cost, $2, r.api_key_id, r.idempotency_key, r.metadata);
+                charged, owed - charged, cost, $2, r.api_key_id, r.idempotency_key, r.metadata, coalesce(r.hold_id, $2),
+                CASE WHEN $12 IS NULL THEN use.used END);
     END IF;
     INSERT INTO keyvault.responses (user_id, id, status, status_code, body, error, model, input_tokens, cached_tokens, output_tokens,
                                     cost_usd, credits, payer)

@@ -1,31 +1,22 @@
 -- What applications and analysts read.
 
 CREATE VIEW keyvault.credit_status WITH (security_invoker = true, security_barrier = true) AS
-SELECT u.user_id, u.plan, c.monthly_credits, c.extra_credits, c.credits_used, c.credits_held,
+SELECT u.user_id, u.plan, (c.monthly_credits - c.credits_covered)::numeric(18,6) AS monthly_credits, c.extra_credits, c.credits_used,
+       held.amount AS credits_held,
        CASE WHEN c.monthly_credits IS NOT NULL
-            THEN greatest(c.monthly_credits + c.extra_credits - c.credits_used - c.credits_held, 0) END AS credits_remaining,
-       c.credits_reset_at
+            THEN greatest(c.monthly_credits + c.extra_credits - c.credits_used - held.amount, 0) END AS credits_remaining,
+       c.period_end AS credits_reset_at,
+       coalesce(greatest(c.credits_used - c.monthly_credits - c.extra_credits, 0), 0)::numeric(18,6) AS credits_overage
   FROM keyvault.users u
   JOIN keyvault.credit_balances b ON b.user_id = u.user_id AND b.slot = 0
-  JOIN keyvault.plans p ON p.plan = u.plan
+ CROSS JOIN LATERAL keyvault._balance_now(b, CASE WHEN b.credits_lent > 0
+                                             THEN (SELECT sum(s.credits_used) FROM keyvault.credit_balances s WHERE s.user_id = b.user_id)
+                                             ELSE b.credits_used END) c
  CROSS JOIN LATERAL (SELECT coalesce(sum(h.amount), 0)::numeric(18,6) AS amount
                        FROM keyvault.credit_holds h
-                      WHERE h.user_id = b.user_id AND h.expires_at > now()) held
- CROSS JOIN LATERAL (SELECT CASE WHEN b.credits_lent > 0
-                                  THEN (SELECT sum(s.credits_used) FROM keyvault.credit_balances s WHERE s.user_id = b.user_id)::numeric(18,6)
-                                  ELSE b.credits_used END AS amount) used
- CROSS JOIN LATERAL (
-       SELECT b.monthly_credits, b.extra_credits, used.amount AS credits_used, held.amount AS credits_held, b.period_end AS credits_reset_at
-        WHERE b.period_end > now()
-        UNION ALL
-       SELECT p.monthly_credits,
-              (CASE WHEN b.monthly_credits IS NULL THEN b.extra_credits
-                    ELSE greatest(b.extra_credits - greatest(used.amount - b.monthly_credits, 0), 0) END)::numeric(18,6),
-              0::numeric(18,6), held.amount,
-              keyvault._period_bound(b.period_anchor, keyvault._period_number(b.period_anchor, now()) + 1)
-        WHERE b.period_end <= now()) c;
+                      WHERE h.user_id = b.user_id AND h.expires_at > now()) held;
 COMMENT ON VIEW keyvault.credit_status IS
-    'Plan and credits of the acting user, of every user for access analyst or admin. Right also for a period that has ended and was not written yet. NULL monthly_credits and credits_remaining are unlimited.';
+    'Plan and credits of the acting user, of every user for access analyst or admin. Right also when a period or a grant has ended and nothing was written yet. NULL monthly_credits and credits_remaining are unlimited; extra_credits are those of the period, spent ones among them; credits_overage is what was used beyond all of them, on a plan with overage report.';
 
 CREATE VIEW keyvault.usage_by_day WITH (security_invoker = true, security_barrier = true) AS
 SELECT r.user_id, (r.created_at AT TIME ZONE 'UTC')::date AS day, r.provider, r.model, r.type, r.payer,

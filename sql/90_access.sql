@@ -9,6 +9,11 @@ DECLARE
     user_functions text[] := '{test_api_key, store_api_key, store_api_keys, sealing_key, store_sealed_api_key, user_api_keys, user_api_key, delete_api_key, request, response, wait_response, call, cancel_request}';
     every_function text[] := '{current_user_id, _may_act_for_any_user, _may_read_all_usage, _may_administer, _period_bound, _period_number}';
     admin_functions text[] := '{upsert_user, set_plan, store_platform_key}';
+    credit_functions text[] := CASE access
+        WHEN 'app' THEN '{record_usage, reserve_credits, settle_credits, release_credits, grant_credits, refund_usage, set_budget}'
+        WHEN 'admin' THEN '{grant_credits, refund_usage, set_budget, reset_due_credits, verify_ledger, _ledger}'
+        WHEN 'analyst' THEN '{verify_ledger, _ledger}' END::text[]
+        || '{_balance_now, _in_budget, _budget_window, _budget_held, balance_at, explain_balance}'::text[];
     routines text[];
     member text;
 BEGIN
@@ -16,7 +21,7 @@ BEGIN
         RAISE EXCEPTION 'access must be app, user, analyst or admin'
             USING ERRCODE = 'invalid_parameter_value', HINT = 'See "Access" in doc/keyvault.md.';
     END IF;
-    routines := every_function || ('_' || access) || CASE access
+    routines := every_function || credit_functions || ('_' || access) || CASE access
         WHEN 'app' THEN app_functions || user_functions
         WHEN 'user' THEN user_functions
         WHEN 'admin' THEN admin_functions END;
@@ -27,6 +32,8 @@ BEGIN
     END LOOP;
     RETURN NEXT 'SELECT ON keyvault.users, keyvault.credit_balances, keyvault.credit_holds, keyvault.plans, keyvault.providers, '
              || 'keyvault.model_prices, keyvault.credit_status, keyvault.usage_records, keyvault.usage_by_day';
+    RETURN NEXT 'SELECT ON keyvault.credit_grants, keyvault.credit_periods, keyvault.credit_notices, keyvault.credit_budgets, '
+             || 'keyvault.budget_status, keyvault.plan_prices, keyvault.usage_archived';
     IF access IN ('app', 'user') THEN
         RETURN NEXT 'SELECT (user_id, id, provider, model, type, path, payer, api_key_id, status, attempts, timeout_ms, hold_id, estimated_usd, '
                  || 'idempotency_key, queued_at, next_attempt_at, sent_at, finished_at, error, metadata, body) ON keyvault.requests';
@@ -38,14 +45,14 @@ BEGIN
         RETURN NEXT 'SELECT ON keyvault.api_key_status';
     END IF;
     IF access = 'app' THEN
-        -- debit_tag stays out: with it, a writer could pass a row off as debited.
+        -- debit_tag and hold_id stay out: with them, a writer could pass a row off as debited, or as settled past a budget.
         RETURN NEXT 'INSERT (user_id, created_at, id, type, provider, model, payer, input_tokens, cached_tokens, output_tokens, tokens, '
-                 || 'credits, cost_usd, request_id, api_key_id, issued_key_id, idempotency_key, metadata) ON keyvault.usage_records';
+                 || 'credits, cost_usd, request_id, api_key_id, issued_key_id, idempotency_key, metadata, reasoning_tokens, units, member_id) ON keyvault.usage_records';
         RETURN NEXT 'SET ON PARAMETER "keyvault.user_id"';
     END IF;
     IF access = 'admin' THEN
         -- Where a provider is, and how it is given the key, is the superuser's: whoever sets that reads the keys.
-        RETURN NEXT 'INSERT, UPDATE, DELETE ON keyvault.plans, keyvault.model_prices';
+        RETURN NEXT 'INSERT, UPDATE, DELETE ON keyvault.plans, keyvault.model_prices, keyvault.plan_prices';
         RETURN NEXT 'UPDATE (key_pattern, platform_paths, usd_per_request) ON keyvault.providers';
     END IF;
 END $$;

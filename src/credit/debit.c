@@ -24,6 +24,7 @@
 #include "commands/trigger.h"
 #include "common/hashfn.h"
 #include "common/int.h"
+#include "credit/owed_row.h"
 #include "fmgr.h"
 #include "identity/identity.h"
 #include "miscadmin.h"
@@ -245,21 +246,33 @@ keyvault_collect_debit(PG_FUNCTION_ARGS)
 	if (VARSIZE_ANY_EXHDR(user_id) == 0 || VARSIZE_ANY_EXHDR(user_id) > KV_USER_ID_MAX)
 		(void) kv_identity_check_user_id(user_id);
 	if (DatumGetInt64(values[DEBIT_TAG]) == debit_tag())
+	{
 		owe(VARDATA_ANY(user_id), VARSIZE_ANY_EXHDR(user_id), micro_credits);
+		kv_owed_row_add(RelationGetRelid(trigger->tg_relation), &trigger->tg_trigtuple->t_self,
+						VARDATA_ANY(user_id), VARSIZE_ANY_EXHDR(user_id));
+	}
 	return PointerGetDatum(NULL);
 }
 
+/* Whether a debit of nothing has nothing to do: there is a balance, and no budget to look at. */
 static bool
-has_balance(const char *user_id)
+is_free_to_use(const char *user_id)
 {
 	KvIndexScan scan;
 	Datum		key = CStringGetTextDatum(user_id);
 	Oid			type = TEXTOID;
+	Datum		notice_at;
+	bool		isnull;
 	bool		found;
 
 	kv_owner_fresh_snapshot_begin();
 	kv_index_scan_begin(&scan, "credit_balances", "credit_balances_pkey", 1, &key, &type);
 	found = kv_index_scan_next(&scan, ForwardScanDirection);
+	if (found)
+	{
+		notice_at = slot_getattr(scan.slot, SPI_fnumber(RelationGetDescr(scan.table), "notice_at"), &isnull);
+		found = isnull || DatumGetInt32(DirectFunctionCall2(numeric_cmp, notice_at, NumericGetDatum(int64_to_numeric(0)))) >= 0;
+	}
 	kv_index_scan_end(&scan);
 	kv_owner_fresh_snapshot_end();
 	return found;
@@ -284,7 +297,7 @@ debit_user(const Debit *debit, Oid caller)
 		NumericGetDatum(int64_div_fast_to_numeric(debit->micro_credits, MICRO_DIGITS)),
 	};
 
-	if (debit->micro_credits == 0 ? has_balance(debit->user_id) : kv_statement_execute(&fast, values, NULL) == 1)
+	if (debit->micro_credits == 0 ? is_free_to_use(debit->user_id) : kv_statement_execute(&fast, values, NULL) == 1)
 		return;
 	values[2] = BoolGetDatum(kv_identity_role_acts_for_any_user(caller));
 	kv_statement_execute(&slow, values, NULL);
@@ -333,14 +346,16 @@ static void
 flush_debits(void)
 {
 	KvOwnerScope scope;
+	int			level = GetCurrentTransactionNestLevel();
 	Debit	   *debits;
 	int			n;
 
 	if (owes_nothing())
 		return;
-	n = take_debits(GetCurrentTransactionNestLevel(), false, &debits);
+	n = take_debits(level, false, &debits);
 	if (n > 1)
 		qsort(debits, n, sizeof(Debit), compare_debits);
+	kv_owed_row_flush_begin(level);
 	kv_owner_begin_qualified(&scope);
 	for (int i = 0; i < n; i++)
 	{
@@ -348,6 +363,7 @@ flush_debits(void)
 		debit_user(&debits[i], scope.caller);
 	}
 	kv_owner_end(&scope);
+	kv_owed_row_flush_end(level);
 	pfree(debits);
 }
 
@@ -378,6 +394,7 @@ at_transaction_end(XactEvent event, void *arg)
 		case XACT_EVENT_ABORT:
 			owed = NULL;
 			first_owed.nest_level = 0;
+			kv_owed_row_forget(0);
 			columns_of = InvalidOid;
 			break;
 		default:
@@ -393,9 +410,13 @@ at_subtransaction_end(SubXactEvent event, SubTransactionId id, SubTransactionId 
 	Debit	   *debits;
 	int			n;
 
+	if (event == SUBXACT_EVENT_ABORT_SUB)
+		kv_owed_row_forget(level);
 	if (owes_nothing() || (event != SUBXACT_EVENT_PRE_COMMIT_SUB && event != SUBXACT_EVENT_ABORT_SUB))
 		return;
 	n = take_debits(level, true, &debits);
+	if (event == SUBXACT_EVENT_PRE_COMMIT_SUB)
+		kv_owed_row_reparent(level);
 	for (int i = 0; event == SUBXACT_EVENT_PRE_COMMIT_SUB && i < n; i++)
 	{
 		debits[i].nest_level = level - 1;

@@ -57,14 +57,21 @@ keyvault_upsert_user(PG_FUNCTION_ARGS)
 Datum
 keyvault_set_plan(PG_FUNCTION_ARGS)
 {
-	static KvStatement set_plan = {"SELECT keyvault._set_plan($1, $2)", 2, {TEXTOID, TEXTOID}};
-	Datum		values[2] = {PG_GETARG_DATUM(0), PG_GETARG_DATUM(1)};
+	static KvStatement set_plan = {"SELECT keyvault._set_plan($1, $2, $3)", 3, {TEXTOID, TEXTOID, NUMERICOID}};
+	Datum		values[3];
 	KvOwnerScope scope;
 
+	if (PG_ARGISNULL(0) || PG_ARGISNULL(1))
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+				 errmsg("user_id and plan must not be null"),
+				 errhint("Pass the user and the name of a plan in keyvault.plans.")));
 	(void) kv_identity_check_user_id(PG_GETARG_TEXT_PP(0));
 	require_account_rights();
+	for (int i = 0; i < 3; i++)
+		values[i] = PG_ARGISNULL(i) ? (Datum) 0 : PG_GETARG_DATUM(i);
 	kv_owner_begin(&scope);
-	kv_statement_execute(&set_plan, values, NULL);
+	kv_statement_execute(&set_plan, values, PG_ARGISNULL(2) ? "  n" : NULL);
 	kv_owner_end(&scope);
 	PG_RETURN_VOID();
 }

@@ -1,0 +1,255 @@
+-- What a use costs: from tokens to USD by model_prices, from USD to credits by plan.
+
+CREATE TABLE keyvault.plan_prices (
+    plan          text COLLATE "C" NOT NULL,
+    provider      text COLLATE "C" NOT NULL,
+    model         text COLLATE "C" NOT NULL,
+    valid_from    timestamptz NOT NULL DEFAULT '-infinity',
+    input_usd_per_mtok        numeric(18,9) NOT NULL CHECK (input_usd_per_mtok >= 0 AND input_usd_per_mtok < 'Infinity'),
+    output_usd_per_mtok       numeric(18,9) NOT NULL CHECK (output_usd_per_mtok >= 0 AND output_usd_per_mtok < 'Infinity'),
+    cached_input_usd_per_mtok numeric(18,9) CHECK (cached_input_usd_per_mtok >= 0 AND cached_input_usd_per_mtok < 'Infinity'),
+    reasoning_usd_per_mtok    numeric(18,9) CHECK (reasoning_usd_per_mtok >= 0 AND reasoning_usd_per_mtok < 'Infinity'),
+    usd_per_request numeric(18,9) NOT NULL DEFAULT 0 CHECK (usd_per_request >= 0 AND usd_per_request < 'Infinity'),
+    usd_per_unit  numeric(18,9) NOT NULL DEFAULT 0 CHECK (usd_per_unit >= 0 AND usd_per_unit < 'Infinity'),
+    context_tiers jsonb CHECK (keyvault._are_context_tiers(context_tiers)),
+    PRIMARY KEY (plan, provider, model, valid_from)
+);
+COMMENT ON TABLE keyvault.plan_prices IS
+    'What a plan''s users pay for a model instead of model_prices: it makes the credits; cost_usd stays what the provider charges. Columns as there; the latest valid_from that has come counts.';
+SELECT pg_catalog.pg_extension_config_dump('keyvault.plan_prices', '');
+
+CREATE FUNCTION keyvault._find_price(provider text, model text, at timestamptz, plan text = NULL) RETURNS keyvault.model_prices
+    LANGUAGE plpgsql STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $$
+#variable_conflict use_column
+DECLARE
+    family text := regexp_replace($2, '-([0-9]{8}|[0-9]{4}-[0-9]{2}-[0-9]{2}|latest)$', '');
+    price keyvault.model_prices;
+BEGIN
+    IF $4 IS NOT NULL THEN
+        SELECT m.provider, m.model, m.valid_from, m.input_usd_per_mtok, m.output_usd_per_mtok, m.cached_input_usd_per_mtok,
+               NULL, NULL, false, m.reasoning_usd_per_mtok, m.usd_per_request, m.usd_per_unit, NULL, m.context_tiers
+          INTO price
+          FROM keyvault.plan_prices m
+         WHERE m.plan = $4 AND m.provider = $1 AND m.model IN ($2, family) AND m.valid_from <= at
+         ORDER BY m.model = $2 DESC, m.valid_from DESC
+         LIMIT 1;
+    ELSIF $1 IS NOT NULL THEN
+        SELECT * INTO price FROM keyvault.model_prices m
+         WHERE m.provider = $1 AND m.model IN ($2, family) AND m.valid_from <= at
+         ORDER BY m.model = $2 DESC, m.valid_from DESC
+         LIMIT 1;
+    ELSE
+        SELECT c.* INTO price
+          FROM (SELECT DISTINCT ON (m.provider, m.model) m.* FROM keyvault.model_prices m
+                 WHERE m.model IN ($2, family) AND m.valid_from <= at
+                 ORDER BY m.provider, m.model, m.valid_from DESC) c
+         ORDER BY c.model = $2 DESC, c.output_usd_per_mtok DESC, c.input_usd_per_mtok DESC, c.provider
+         LIMIT 1;
+    END IF;
+    RETURN price;
+END $$;
+COMMENT ON FUNCTION keyvault._find_price(text, text, timestamptz, text) IS
+    'The price of a model in force at a time, of plan_prices when plan is given; NULL without one. A dated or "latest" name of a model counts as the model. Without a provider the dearest that has the model counts.';
+
+CREATE FUNCTION keyvault._use_usd(price keyvault.model_prices, input_tokens bigint, cached_tokens bigint, output_tokens bigint,
+                                  reasoning_tokens bigint, units numeric, OUT usd numeric, OUT used jsonb)
+    LANGUAGE plpgsql IMMUTABLE
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    tier jsonb := (SELECT t FROM jsonb_array_elements(price.context_tiers) t WHERE (t ->> 'over')::numeric < input_tokens
+                    ORDER BY (t ->> 'over')::numeric DESC LIMIT 1);
+    input_price numeric := coalesce((tier ->> 'input')::numeric, price.input_usd_per_mtok);
+    cached_price numeric := coalesce((tier ->> 'cached_input')::numeric, price.cached_input_usd_per_mtok, input_price);
+    output_price numeric := coalesce((tier ->> 'output')::numeric, price.output_usd_per_mtok);
+    reasoning_price numeric := coalesce((tier ->> 'reasoning')::numeric, price.reasoning_usd_per_mtok, output_price);
+    fresh bigint := coalesce(input_tokens, 0) - least(coalesce(cached_tokens, 0), coalesce(input_tokens, 0));
+    thought bigint := least(coalesce(reasoning_tokens, 0), coalesce(output_tokens, 0));
+BEGIN
+    IF price.model IS NULL THEN
+        RETURN;
+    END IF;
+    usd := least(round((fresh * input_price + (coalesce(input_tokens, 0) - fresh) * cached_price
+                        + (coalesce(output_tokens, 0) - thought) * output_price + thought * reasoning_price) / 1000000
+                       + price.usd_per_request + coalesce(units, 0) * price.usd_per_unit, 9), 999999999);
+    used := jsonb_strip_nulls(jsonb_build_object(
+        'provider', price.provider, 'model', price.model, 'valid_from', nullif(price.valid_from, '-infinity'),
+        'input', trim_scale(input_price), 'cached_input', trim_scale(nullif(cached_price, input_price)),
+        'output', trim_scale(output_price), 'reasoning', trim_scale(nullif(reasoning_price, output_price)),
+        'per_request', trim_scale(nullif(price.usd_per_request, 0)), 'per_unit', trim_scale(nullif(price.usd_per_unit, 0)),
+        'over', tier -> 'over'));
+END $$;
+COMMENT ON FUNCTION keyvault._use_usd(keyvault.model_prices, bigint, bigint, bigint, bigint, numeric) IS
+    'What a use costs in USD at a price, and what of the price was used; NULL without a price. cached_tokens are part of input_tokens, reasoning_tokens of output_tokens.';
+
+CREATE FUNCTION keyvault._price_usd(provider text, model text, at timestamptz, input_tokens bigint, cached_tokens bigint, output_tokens bigint) RETURNS numeric
+    LANGUAGE plpgsql STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    RETURN (SELECT q.usd FROM keyvault._use_usd(keyvault._find_price($1, $2, at), $4, $5, $6, NULL, NULL) q);
+END $$;
+COMMENT ON FUNCTION keyvault._price_usd(text, text, timestamptz, bigint, bigint, bigint) IS
+    'What a call cost in USD by model_prices, NULL for a model without a price. cached_tokens are part of input_tokens.';
+
+CREATE FUNCTION keyvault._credits_owed(plan text, payer text, cost_usd numeric) RETURNS numeric
+    LANGUAGE plpgsql STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $$
+#variable_conflict use_column
+DECLARE
+    p keyvault.plans;
+BEGIN
+    SELECT * INTO STRICT p FROM keyvault.plans WHERE plan = $1;
+    RETURN least(round((cost_usd * CASE payer WHEN 'user' THEN p.own_key_rate ELSE 1 END + p.infrastructure_usd)
+                       * (1 + p.margin) * p.credits_per_usd, 6), 999999999999);
+END $$;
+COMMENT ON FUNCTION keyvault._credits_owed(text, text, numeric) IS
+    'What a cost in USD is in credits on a plan, with its infrastructure and margin, by whose key was used.';
+
+CREATE FUNCTION keyvault._unknown_model_usd(plan keyvault.plans, provider text, model text, tokens bigint) RETURNS numeric
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+#variable_conflict use_variable
+DECLARE
+    usd numeric := 0;
+BEGIN
+    IF plan.unknown_model = 'refuse' THEN
+        RAISE EXCEPTION 'model "%" has no price', coalesce(model, '')
+            USING ERRCODE = 'invalid_parameter_value',
+                  HINT = 'Give the credits, or add its price with INSERT INTO keyvault.model_prices; keyvault.plans.unknown_model says what is done without one.';
+    END IF;
+    IF plan.unknown_model = 'charge' THEN
+        usd := round(tokens * plan.unknown_model_usd_per_mtok / 1000000, 9);
+        IF usd = 0 THEN
+            usd := coalesce((SELECT p.usd_per_request FROM keyvault.providers p WHERE p.provider = $2), 0.01);
+        END IF;
+    END IF;
+    RAISE WARNING 'model "%" has no price: % USD assumed', coalesce(model, ''), trim_scale(usd)
+        USING HINT = 'Add its price with INSERT INTO keyvault.model_prices; keyvault.plans.unknown_model says what is done without one.';
+    RETURN usd;
+END $$;
+COMMENT ON FUNCTION keyvault._unknown_model_usd(keyvault.plans, text, text, bigint) IS
+    'What a use of a model without a price is taken to cost, by its user''s plan, with a WARNING. Error: 22023 on a plan that refuses it.';
+
+CREATE FUNCTION keyvault._price_use(user_id text, provider text, model text, payer text, at timestamptz, input_tokens bigint, cached_tokens bigint,
+                                    output_tokens bigint, reasoning_tokens bigint, tokens bigint, units numeric, cost_usd numeric,
+                                    OUT credits numeric, OUT usd numeric, OUT priced_provider text, OUT price jsonb)
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+#variable_conflict use_variable
+DECLARE
+    plan keyvault.plans;
+    found_price keyvault.model_prices;
+    -- Tokens of a kind that nobody states are taken for output.
+    unstated bigint := greatest(coalesce(tokens, 0) - coalesce(input_tokens, 0) - coalesce(output_tokens, 0), 0);
+    output_all bigint := coalesce(output_tokens, 0) + unstated;
+    sold_usd numeric;
+    sold_used jsonb;
+BEGIN
+    SELECT p.* INTO plan FROM keyvault.users u JOIN keyvault.plans p ON p.plan = u.plan WHERE u.user_id = $1;
+    IF NOT FOUND THEN
+        SELECT p.* INTO STRICT plan FROM keyvault.plans p WHERE p.plan = 'free';
+    END IF;
+    priced_provider := provider;
+    IF cost_usd > 0 THEN
+        usd := cost_usd;
+        price := '{}';
+    ELSIF model IS NULL AND provider IS NULL AND units IS NULL AND coalesce(input_tokens, 0) + output_all = 0 THEN
+        credits := 0;
+        usd := 0;
+        RETURN;
+    ELSE
+        found_price := keyvault._find_price(provider, model, at);
+        SELECT q.usd, q.used INTO usd, price
+          FROM keyvault._use_usd(found_price, input_tokens, cached_tokens, output_all, reasoning_tokens, units) q;
+        IF usd IS NULL THEN
+            usd := keyvault._unknown_model_usd(plan, provider, model, coalesce(input_tokens, 0) + output_all);
+            price := jsonb_build_object('unknown', plan.unknown_model);
+        ELSE
+            priced_provider := found_price.provider;
+        END IF;
+        SELECT q.usd, q.used INTO sold_usd, sold_used
+          FROM keyvault._use_usd(keyvault._find_price(priced_provider, model, at, plan.plan), input_tokens, cached_tokens, output_all,
+                                 reasoning_tokens, units) q;
+    END IF;
+    credits := keyvault._credits_owed(plan.plan, payer, coalesce(sold_usd, usd));
+    price := price || jsonb_strip_nulls(jsonb_build_object(
+        'plan', plan.plan, 'plan_price', sold_used, 'credits_per_usd', trim_scale(plan.credits_per_usd),
+        'own_key_rate', CASE payer WHEN 'user' THEN trim_scale(plan.own_key_rate) END,
+        'infrastructure_usd', trim_scale(nullif(plan.infrastructure_usd, 0)), 'margin', trim_scale(nullif(plan.margin, 0))));
+END $$;
+COMMENT ON FUNCTION keyvault._price_use(text, text, text, text, timestamptz, bigint, bigint, bigint, bigint, bigint, numeric, numeric) IS
+    'What a use costs its user in credits and the provider''s customer in USD, by which provider''s price, and the price for usage_records.price. Error: 22023 for an unknown model on a plan that refuses it.';
+
+-- usage_records cannot have a unique key without its partitions' created_at.
+CREATE TABLE keyvault.usage_keys (
+    user_id         text COLLATE "C" NOT NULL,
+    idempotency_key text COLLATE "C" NOT NULL,
+    usage_id        uuid NOT NULL,
+    fingerprint     bytea NOT NULL,
+    created_at      timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (user_id, idempotency_key)
+);
+COMMENT ON TABLE keyvault.usage_keys IS 'Which usage record an idempotency key of record_usage stands for.';
+COMMENT ON COLUMN keyvault.usage_keys.fingerprint IS 'SHA-256 of what was recorded.';
+SELECT pg_catalog.pg_extension_config_dump('keyvault.usage_keys', '');
+ALTER TABLE keyvault.usage_keys ENABLE ROW LEVEL SECURITY;
+
+CREATE FUNCTION keyvault._record_usage(
+    type text, model text, input_tokens integer, output_tokens integer, credits numeric, user_id text, idempotency_key text, metadata jsonb,
+    provider text, cached_tokens bigint, reasoning_tokens bigint, units numeric, payer text, cost_usd numeric, issued_key_id uuid,
+    member_id text) RETURNS uuid
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+#variable_conflict use_column
+DECLARE
+    usage uuid := keyvault.uuidv7();
+    print bytea;
+    earlier keyvault.usage_keys;
+BEGIN
+    IF $1 IS NULL THEN
+        RAISE EXCEPTION 'type must not be null' USING ERRCODE = 'null_value_not_allowed', HINT = 'Pass chat, api, automation or your own word.';
+    END IF;
+    IF $7 IS NOT NULL THEN
+        IF octet_length($7) NOT BETWEEN 1 AND 255 THEN
+            RAISE EXCEPTION 'idempotency key must be 1 to 255 bytes long' USING ERRCODE = 'invalid_parameter_value',
+                HINT = 'Leave it out for a use that may be recorded again.';
+        END IF;
+        print := sha256(convert_to(jsonb_build_array($1, $2, $3, $4, trim_scale($5), $8, $9, $10, $11, trim_scale($12), $13,
+                                                     trim_scale($14), $15, $16)::text, 'UTF8'));
+        INSERT INTO keyvault.usage_keys (user_id, idempotency_key, usage_id, fingerprint) VALUES ($6, $7, usage, print) ON CONFLICT DO NOTHING;
+        IF NOT FOUND THEN
+            SELECT * INTO earlier FROM keyvault.usage_keys k WHERE k.user_id = $6 AND k.idempotency_key = $7;
+            IF NOT FOUND THEN
+                RAISE EXCEPTION 'another transaction is using this idempotency key'
+                    USING ERRCODE = 'serialization_failure', HINT = 'Retry the transaction.';
+            ELSIF earlier.fingerprint <> print THEN
+                RAISE EXCEPTION 'idempotency key was already used for another usage record'
+                    USING ERRCODE = 'invalid_parameter_value', HINT = 'Use a new idempotency key for each different use.';
+            END IF;
+            RETURN earlier.usage_id;
+        END IF;
+    END IF;
+    INSERT INTO keyvault.usage_records (user_id, id, type, provider, model, payer, input_tokens, cached_tokens, output_tokens, tokens, credits,
+                                        cost_usd, issued_key_id, idempotency_key, metadata, reasoning_tokens, units, member_id)
+    VALUES ($6, usage, $1, $9, $2, coalesce($13, 'platform'), $3, $10, $4, coalesce($3, 0)::bigint + coalesce($4, 0), $5, coalesce($14, 0),
+            $15, $7, coalesce($8, '{}'), $11, $12, $16);
+    RETURN usage;
+END $$;
+COMMENT ON FUNCTION keyvault._record_usage(text, text, integer, integer, numeric, text, text, jsonb, text, bigint, bigint, numeric, text, numeric, uuid, text) IS
+    'record_usage, after its caller was checked.';
+
+CREATE FUNCTION keyvault.record_usage(
+    type text, model text, input_tokens integer, output_tokens integer, credits numeric = NULL, user_id text = NULL,
+    idempotency_key text = NULL, metadata jsonb = '{}', provider text = NULL, cached_tokens bigint = NULL, reasoning_tokens bigint = NULL,
+    units numeric = NULL, payer text = 'platform', cost_usd numeric = 0, issued_key_id uuid = NULL, member_id text = NULL) RETURNS uuid
+    LANGUAGE c VOLATILE PARALLEL UNSAFE
+    AS 'MODULE_PATHNAME', 'keyvault_record_usage';
+COMMENT ON FUNCTION keyvault.record_usage(text, text, integer, integer, numeric, text, text, jsonb, text, bigint, bigint, numeric, text, numeric, uuid, text) IS
+    'Records a use, debits its credits, and returns the usage record''s id. Without credits the use is priced by model and tokens, or by cost_usd (USD). The same idempotency_key records once and returns the same id. cached_tokens are part of input_tokens, reasoning_tokens of output_tokens. user_id NULL is the identity. Errors: KV001 credit limit or budget, 22004, 22023, 23514 bad argument, 40001 the idempotency key is in use, 42501.';
