@@ -12,10 +12,16 @@ SELECT pg_catalog.pg_extension_config_dump('keyvault.vault', '');
 CREATE TABLE keyvault.master_keys (
     kek_id     bytea PRIMARY KEY CHECK (octet_length(kek_id) = 16),
     version    integer NOT NULL UNIQUE CHECK (version > 0),
-    created_at timestamptz NOT NULL DEFAULT now()
+    created_at timestamptz NOT NULL DEFAULT now(),
+    status     text NOT NULL DEFAULT 'primary' CHECK (status IN ('primary', 'old', 'retired')),
+    retired_at timestamptz
 );
+CREATE UNIQUE INDEX master_keys_primary ON keyvault.master_keys (status) WHERE status = 'primary';
 COMMENT ON TABLE keyvault.master_keys IS
     'Master keys that have wrapped data keys of this vault, known by an id derived from the key, never the key itself.';
+COMMENT ON COLUMN keyvault.master_keys.status IS
+    'primary: wraps new data keys; old: an earlier one, which still opens some; retired: wraps nothing, and never will again.';
+COMMENT ON COLUMN keyvault.master_keys.retired_at IS 'From when on no data key of this database needs it; backups of before do.';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.master_keys', '');
 
 CREATE TABLE keyvault.data_keys (
@@ -27,6 +33,9 @@ CREATE TABLE keyvault.data_keys (
     PRIMARY KEY (user_id, version)
 );
 ALTER TABLE keyvault.data_keys ALTER COLUMN wrapped SET STORAGE PLAIN;
+-- Which master key wraps what: rotation finds what is left by it.
+CREATE INDEX data_keys_kek_id ON keyvault.data_keys (substr(wrapped, 9, 16), user_id, version);
+CREATE INDEX data_keys_created_at ON keyvault.data_keys (created_at);
 COMMENT ON TABLE keyvault.data_keys IS 'Each user''s data key, wrapped by a master key. The user '''' is the platform.';
 COMMENT ON COLUMN keyvault.data_keys.wrapped IS 'D | 1 | suite | source | master key version (4) | kek_id (16) | nonce (12) | wrapped key (32) | tag (16).';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.data_keys', '');

@@ -21,7 +21,8 @@ typedef struct KvDataKey
 } KvDataKey;
 
 extern KvDataKey *kv_data_key_find(const char *user_id, uint32 version, const uint8 *id);
-extern KvDataKey *kv_data_key_latest(const char *user_id);
+extern KvDataKey *kv_data_key_create(const char *user_id, uint32 version);
+extern uint32 kv_data_key_lock(const char *user_id, bool exclusive);
 extern KvDataKey *kv_data_key_ensure(const char *user_id);
 
 #endif
