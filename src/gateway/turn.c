@@ -156,7 +156,13 @@ postpone_settlement(KvCall *call)
 	call->settle_at = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), call->settle_delay_ms);
 }
 
-/* The calls that have ended and need not wait, in the turn's memory. */
+static int
+compare_users(const ListCell *a, const ListCell *b)
+{
+	return strcmp(((KvCall *) lfirst(a))->user_id, ((KvCall *) lfirst(b))->user_id);
+}
+
+/* The calls that have ended and need not wait, in the turn's memory; by user, as every statement locks balances in that order. */
 static List *
 calls_to_settle(KvWorker *worker)
 {
@@ -167,6 +173,7 @@ calls_to_settle(KvWorker *worker)
 	foreach(cell, worker->ended)
 		if (((KvCall *) lfirst(cell))->settle_at <= now)
 			calls = lappend(calls, lfirst(cell));
+	list_sort(calls, compare_users);
 	return calls;
 }
 
