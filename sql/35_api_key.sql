@@ -57,7 +57,7 @@ CREATE TABLE keyvault.api_keys (
     ciphertext   bytea NOT NULL CHECK (octet_length(ciphertext) BETWEEN 100 AND 8192),
     hint         text NOT NULL,
     fingerprint  bytea CHECK (octet_length(fingerprint) = 16),
-    source       text NOT NULL DEFAULT 'user' CHECK (source IN ('user', 'platform')),
+    source       text NOT NULL DEFAULT 'user' CHECK (source IN ('user', 'platform', 'reference')),
     status       text NOT NULL DEFAULT 'active' CHECK (status IN ('active', 'failed')),
     expires_at   timestamptz,
     last_used_at timestamptz,
@@ -77,6 +77,7 @@ COMMENT ON COLUMN keyvault.api_keys.hint IS 'Enough of the key for its owner to 
 COMMENT ON COLUMN keyvault.api_keys.fingerprint IS 'Keyed hash under the user''s own data key: equal for equal keys of one user, and only there. NULL for a sealed box.';
 COMMENT ON COLUMN keyvault.api_keys.problem IS 'Why a sealed box could not be opened.';
 COMMENT ON COLUMN keyvault.api_keys.status IS 'active; failed: the provider refused it when it was last used.';
+COMMENT ON COLUMN keyvault.api_keys.source IS 'user; platform: its own; reference: what is encrypted names where the key is kept.';
 COMMENT ON COLUMN keyvault.api_keys.rotated_at IS 'When the value last changed.';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.api_keys', '');
 

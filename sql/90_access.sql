@@ -5,7 +5,7 @@ CREATE FUNCTION keyvault._access_statements(access text) RETURNS SETOF text
     SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
-    app_functions text[] := '{act_as, upsert_user, set_plan, uuidv7, _debit_tag}';
+    app_functions text[] := '{act_as, store_api_key_reference, upsert_user, set_plan, uuidv7, _debit_tag}';
     user_functions text[] := '{test_api_key, store_api_key, store_api_keys, sealing_key, store_sealed_api_key, user_api_keys, user_api_key, delete_api_key, request, response, wait_response, call, cancel_request}';
     every_function text[] := '{current_user_id, _may_act_for_any_user, _may_read_all_usage, _may_administer, _period_bound, _period_number}';
     admin_functions text[] := '{upsert_user, set_plan, store_platform_key}';

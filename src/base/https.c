@@ -52,8 +52,9 @@ take_body(char *bytes, size_t size, size_t count, void *arg)
 	return length;
 }
 
-static bool
-host_is_loopback(const char *host)
+/* Does a host, as a URL writes it, mean this machine? */
+bool
+kv_https_host_is_loopback(const char *host)
 {
 	return strcmp(host, "localhost") == 0 || strcmp(host, "127.0.0.1") == 0 || strcmp(host, "[::1]") == 0;
 }
@@ -75,7 +76,7 @@ check_url(const char *text, bool *plain, char *error, Size error_size)
 		snprintf(error, error_size, "the address is not a URL");
 	else if (strcmp(scheme, "https") != 0)
 	{
-		*plain = strcmp(scheme, "http") == 0 && host_is_loopback(host);
+		*plain = strcmp(scheme, "http") == 0 && kv_https_host_is_loopback(host);
 		usable = *plain;
 		if (!usable)
 			snprintf(error, error_size, "the address must begin with https://; http:// is for a loopback address only");

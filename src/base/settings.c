@@ -30,6 +30,7 @@ int			kv_mode = KV_MODE_PRODUCTION;
 char	   *kv_env_file = NULL;
 bool		kv_reveal = true;
 int			kv_sealing_key_lifetime = 90 * 24 * 60 * 60;
+int			kv_reference_cache_ttl = 60;
 bool		kv_create_users = true;
 bool		kv_redact_logs = true;
 char	   *kv_databases = NULL;
@@ -130,6 +131,9 @@ define_key_settings(void)
 	DefineCustomIntVariable("keyvault.sealing_key_lifetime",
 							"Age at which the key that clients seal to gets a successor; boxes for it are taken for twice as long.",
 							NULL, &kv_sealing_key_lifetime, 90 * 24 * 60 * 60, 60, INT_MAX, PGC_SIGHUP, GUC_UNIT_S, NULL, NULL, NULL);
+	DefineCustomIntVariable("keyvault.reference_cache_ttl",
+							"How long the worker keeps a key that it fetched by a reference.",
+							NULL, &kv_reference_cache_ttl, 60, 0, 86400, PGC_SIGHUP, GUC_UNIT_S, NULL, NULL, NULL);
 }
 
 /* Development mode: keys of a .env file. */

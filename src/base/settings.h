@@ -37,6 +37,7 @@ extern char *kv_vault_namespace;
 extern int	kv_record_key_cache_size;
 extern bool kv_reveal;
 extern int	kv_sealing_key_lifetime;
+extern int	kv_reference_cache_ttl;
 extern bool kv_create_users;
 extern bool kv_redact_logs;
 extern char *kv_databases;

@@ -50,8 +50,8 @@ read_token(const char **reason)
 }
 
 /* What an HTTP status other than 200 means; see "HTTP status codes" of Vault's API documentation. */
-static const char *
-reason_of_status(long status)
+const char *
+kv_vault_server_reason(long status)
 {
 	switch (status)
 	{
@@ -70,41 +70,55 @@ reason_of_status(long status)
 	}
 }
 
+/* Make ready a call of /v1/path. False, with a reason that goes on from "the Vault server ...", when it cannot be made. */
+bool
+kv_vault_server_prepare(const char *path, KvVaultServerRequest *prepared, const char **reason)
+{
+	Size		address = strlen(kv_vault_address);
+	char	   *token;
+	char	   *header;
+
+	if (address == 0)
+	{
+		*reason = "is not set: keyvault.vault_address is empty";
+		return false;
+	}
+	if ((token = read_token(reason)) == NULL)
+		return false;
+	header = kv_secret_alloc(TOKEN_MAX + 32);
+	snprintf(header, TOKEN_MAX + 32, "X-Vault-Token: %s", token);
+	memset(prepared, 0, sizeof(*prepared));
+	prepared->headers[0] = "X-Vault-Request: true";
+	prepared->headers[1] = "Content-Type: application/json";
+	prepared->headers[2] = header;
+	if (kv_vault_namespace[0])
+		prepared->headers[3] = psprintf("X-Vault-Namespace: %s", kv_vault_namespace);
+	while (address > 0 && kv_vault_address[address - 1] == '/')
+		address--;
+	prepared->url = psprintf("%.*s/v1/%s", (int) address, kv_vault_address, path);
+	return true;
+}
+
 /*
- * Call /v1/path: POST with a body, GET without one. Returns the answer; NULL, with a reason that
- * goes on from "the Vault server ...", when there is none to be used. Errors: only those of interrupts.
+ * Call /v1/path: POST with a body, GET without one. Returns the answer; NULL, with a reason as
+ * above, when there is none to be used. Errors: only those of interrupts.
  */
 Jsonb *
 kv_vault_server_call(const char *path, const char *body, const char **reason)
 {
 	KvHttpsRequest request = {.body = body,.ca_file = kv_vault_ca_file,.timeout_ms = kv_master_key_timeout,.size_max = ANSWER_MAX};
+	KvVaultServerRequest prepared;
 	KvHttpsResponse response;
-	const char *headers[5] = {"X-Vault-Request: true", "Content-Type: application/json"};
-	char	   *token;
-	char	   *header;
-	Size		address = strlen(kv_vault_address);
 	Jsonb	   *answer;
 
-	if (address == 0)
-	{
-		*reason = "is not set: keyvault.vault_address is empty";
+	if (!kv_vault_server_prepare(path, &prepared, reason))
 		return NULL;
-	}
-	if ((token = read_token(reason)) == NULL)
-		return NULL;
-	header = kv_secret_alloc(TOKEN_MAX + 32);
-	snprintf(header, TOKEN_MAX + 32, "X-Vault-Token: %s", token);
-	headers[2] = header;
-	if (kv_vault_namespace[0])
-		headers[3] = psprintf("X-Vault-Namespace: %s", kv_vault_namespace);
-	while (address > 0 && kv_vault_address[address - 1] == '/')
-		address--;
-	request.url = psprintf("%.*s/v1/%s", (int) address, kv_vault_address, path);
-	request.headers = headers;
+	request.url = prepared.url;
+	request.headers = prepared.headers;
 	if (!kv_https_call(&request, &response))
 		*reason = psprintf("could not be reached: %s", response.error);
 	else if (response.status != 200)
-		*reason = reason_of_status(response.status);
+		*reason = kv_vault_server_reason(response.status);
 	else if ((answer = kv_json_parse(response.body, response.length)) == NULL)
 		*reason = "gave an answer that is not JSON";
 	else

@@ -19,6 +19,7 @@
 #include "catalog/pg_type.h"
 #include "common/pg_prng.h"
 #include "gateway/dialect.h"
+#include "gateway/reference.h"
 #include "utils/builtins.h"
 #include "utils/json.h"
 #include "utils/memutils.h"
@@ -27,12 +28,50 @@
 #define BACKOFF_MS		500
 #define BACKOFF_MAX_MS	30000
 
-/*
- * Hand a committed claim to the network; when that is not possible, the call ends with its
- * problem. From here on it outlives the turn that claimed it.
- */
+/* Give a call the key, in secret memory of its own, that it is to send. */
 void
-kv_call_start(KvCall *call, KvTransferPool *pool, bool *started)
+kv_call_use_key(KvCall *call, char *key)
+{
+	const char *scheme = call->auth_scheme;
+	Size		length = strlen(call->auth_header) + (scheme ? strlen(scheme) : 0) + strlen(key) + 4;
+	char	   *header = kv_secret_alloc(length);
+
+	snprintf(header, length, "%s: %s%s%s", call->auth_header, scheme ? scheme : "", scheme ? " " : "", key);
+	call->key = key;
+	call->headers[call->key_header] = header;
+}
+
+/* A reference that leads nowhere: final, or worth another attempt. */
+static void
+fail_reference(KvCall *call, const char *reason, bool may_pass)
+{
+	call->result.refused = !may_pass;
+	call->result.nothing_sent = true;
+	call->result.retry_after_ms = -1;
+	snprintf(call->result.error, sizeof(call->result.error), "the reference to its key cannot be resolved: the Vault server %s", reason);
+}
+
+/* Find or fetch the key of a call's reference; false when it cannot be had. */
+static bool
+start_resolving(KvCall *call, KvTransferPool *pool)
+{
+	const char *reason;
+	char	   *key = kv_reference_known(call->reference);
+
+	if (key)
+	{
+		call->key_was_known = true;
+		kv_call_use_key(call, key);
+		return true;
+	}
+	call->resolving = kv_reference_ask(call->reference, pool, call, &reason);
+	if (!call->resolving)
+		fail_reference(call, reason, false);
+	return call->resolving;
+}
+
+static bool
+send_call(KvCall *call, KvTransferPool *pool)
 {
 	KvTransferRequest request = {
 		.url = call->url,
@@ -43,14 +82,62 @@ kv_call_start(KvCall *call, KvTransferPool *pool, bool *started)
 		.owner = call,
 	};
 
+	if (kv_transfer_start(pool, &request, call->result.error, sizeof(call->result.error)))
+		return true;
+	call->result.refused = true;
+	call->result.nothing_sent = true;
+	return false;
+}
+
+/*
+ * Hand a committed claim to the network; when that is not possible, the call ends with its
+ * problem. From here on it outlives the turn that claimed it.
+ */
+void
+kv_call_start(KvCall *call, KvTransferPool *pool, bool *started)
+{
+	MemoryContext old = MemoryContextSwitchTo(call->context);
+
 	MemoryContextSetParent(call->context, TopMemoryContext);
-	*started = call->problem == NULL &&
-		kv_transfer_start(pool, &request, call->result.error, sizeof(call->result.error));
-	if (!*started)
+	if (call->problem)
 	{
 		call->result.refused = true;
 		call->result.nothing_sent = true;
+		*started = false;
 	}
+	else
+		*started = (call->key || start_resolving(call, pool)) && (call->resolving || send_call(call, pool));
+	MemoryContextSwitchTo(old);
+}
+
+/* Take what a transfer has brought; true when the call goes on with another, false when it has ended. */
+bool
+kv_call_go_on(KvCall *call, KvTransferPool *pool, const KvTransferResult *result)
+{
+	MemoryContext old;
+	const char *reason;
+	bool		may_pass;
+	char	   *key;
+	bool		goes_on = false;
+
+	if (!call->resolving)
+	{
+		call->result = *result;
+		return false;
+	}
+	old = MemoryContextSwitchTo(call->context);
+	call->resolving = false;
+	key = kv_reference_take(call->reference, result, &may_pass, &reason);
+	if (key == NULL)
+		fail_reference(call, reason, may_pass);
+	kv_transfer_free(pool, result->transfer);
+	if (key)
+	{
+		kv_call_use_key(call, key);
+		goes_on = send_call(call, pool);
+	}
+	MemoryContextSwitchTo(old);
+	return goes_on;
 }
 
 static bool
@@ -70,6 +157,13 @@ is_worth_a_retry(const KvCall *call)
 	if (call->result.error[0])
 		return call->result.nothing_sent;
 	return status_may_pass(call->result.status_code);
+}
+
+/* A refused key that was fetched for an earlier call may have been replaced since, where it is kept. */
+static bool
+may_have_a_newer_key(const KvCall *call)
+{
+	return call->key_was_known && call->attempt < kv_max_attempts;
 }
 
 /* What the provider asks for, else exponential back-off with jitter. */
@@ -155,7 +249,7 @@ parse_answer(char *body, Size length, const char *key)
 
 /* Write what became of a test of a key. */
 static void
-settle_key_test(const KvCall *call, const char *failure, Jsonb *answer)
+settle_key_test(const KvCall *call, const char *failure, Jsonb *answer, bool key_refused)
 {
 	static KvStatement settle = {
 		"SELECT keyvault._settle_key_test($1, $2, $3, $4, $5, $6, $7, $8)", 8,
@@ -166,7 +260,7 @@ settle_key_test(const KvCall *call, const char *failure, Jsonb *answer)
 		CStringGetTextDatum(call->user_id), UUIDPGetDatum(&call->id), Int32GetDatum(call->attempt),
 		CStringGetTextDatum(outcome_of(call, failure != NULL)), Int32GetDatum((int32) status_code),
 		answer ? JsonbPGetDatum(answer) : (Datum) 0, failure ? CStringGetTextDatum(failure) : (Datum) 0,
-		BoolGetDatum(call->dialect && kv_dialect_key_refused(call->dialect, status_code, answer)),
+		BoolGetDatum(key_refused),
 	};
 	char		nulls[9] = "        ";
 
@@ -191,6 +285,7 @@ kv_call_settle(KvCall *call)
 	KvUsage		usage = {0};
 	Jsonb	   *answer = NULL;
 	char	   *failure;
+	bool		key_refused;
 	KvOwnerScope scope;
 	Datum		values[13];
 	char		nulls[14] = "             ";
@@ -200,9 +295,12 @@ kv_call_settle(KvCall *call)
 	if (answer)
 		kv_dialect_read_usage(call->dialect, answer, &usage);
 	failure = describe_failure(call, answer != NULL);
+	key_refused = call->dialect && kv_dialect_key_refused(call->dialect, result->status_code, answer);
+	if (key_refused && call->reference)
+		kv_reference_forget(call->reference);
 
 	kv_owner_begin(&scope);
-	if (failure && is_worth_a_retry(call))
+	if (failure && (is_worth_a_retry(call) || (key_refused && may_have_a_newer_key(call))))
 	{
 		retry(call, failure);
 		kv_owner_end(&scope);
@@ -210,7 +308,7 @@ kv_call_settle(KvCall *call)
 	}
 	if (call->is_key_test)
 	{
-		settle_key_test(call, failure, answer);
+		settle_key_test(call, failure, answer, key_refused);
 		kv_owner_end(&scope);
 		return;
 	}
@@ -232,7 +330,7 @@ kv_call_settle(KvCall *call)
 	nulls[8] = nulls[9] = nulls[10] = usage.stated ? ' ' : 'n';
 	values[11] = usage.stated_usd ? NumericGetDatum(usage.stated_usd) : (Datum) 0;
 	nulls[11] = usage.stated_usd ? ' ' : 'n';
-	values[12] = BoolGetDatum(call->dialect && kv_dialect_key_refused(call->dialect, result->status_code, answer));
+	values[12] = BoolGetDatum(key_refused);
 	kv_statement_execute(&settle, values, nulls);
 	kv_owner_end(&scope);
 }

@@ -70,7 +70,7 @@ open_development_key(const char *provider)
 	return key;
 }
 
-/* Open the key that a claimed request is to use. Errors: KV003, KV004, KV005. */
+/* Open the key that a claimed request is to use; NULL, with call->reference set, when it is kept elsewhere. Errors: KV003, KV004, KV005. */
 static char *
 open_key(KvCall *call, HeapTuple row)
 {
@@ -82,12 +82,17 @@ open_key(KvCall *call, HeapTuple row)
 
 	if (!isnull)
 	{
-		key = kv_key_lookup_by_id(own ? call->user_id : KV_PLATFORM_USER, DatumGetUUIDP(key_id));
+		bool		names_reference;
+
+		key = kv_key_lookup_by_id(own ? call->user_id : KV_PLATFORM_USER, DatumGetUUIDP(key_id), &names_reference);
 		if (key == NULL)
 			ereport(ERROR,
 					(errcode(ERRCODE_KV_NO_API_KEY),
 					 errmsg("the API key was deleted or has expired since the request was queued")));
-		return key;
+		if (!names_reference)
+			return key;
+		call->reference = key;
+		return NULL;
 	}
 	call_key = SPI_getbinval(row, SPI_tuptable->tupdesc, CLAIM_CALL_KEY, &isnull);
 	if (isnull)
@@ -131,19 +136,17 @@ try_open_key(KvCall *call, HeapTuple row)
 	CurrentResourceOwner = owner;
 }
 
-/* The headers of the call: the provider's own, then the one with the key. */
+/* The headers of the call: the provider's own, with room for the one with the key. */
 static char **
 make_headers(KvCall *call, HeapTuple row)
 {
 	bool		isnull;
 	Jsonb	   *fixed = DatumGetJsonbP(SPI_getbinval(row, SPI_tuptable->tupdesc, CLAIM_HEADERS, &isnull));
-	char	   *scheme = claimed_text(row, CLAIM_AUTH_SCHEME);
 	char	  **headers = palloc0((JB_ROOT_COUNT(fixed) + 5) * sizeof(char *));
 	JsonbIterator *iterator = JsonbIteratorInit(&fixed->root);
 	JsonbIteratorToken token;
 	JsonbValue	value;
 	char	   *name = NULL;
-	Size		length;
 	int			n = 0;
 
 	headers[n++] = "Content-Type: application/json";
@@ -156,10 +159,9 @@ make_headers(KvCall *call, HeapTuple row)
 		else if (token == WJB_VALUE && value.type == jbvString)
 			headers[n++] = psprintf("%s: %.*s", name, value.val.string.len, value.val.string.val);
 	}
-	name = claimed_text(row, CLAIM_AUTH_HEADER);
-	length = strlen(name) + (scheme ? strlen(scheme) : 0) + strlen(call->key) + 4;
-	headers[n] = kv_secret_alloc(length);
-	snprintf(headers[n], length, "%s: %s%s%s", name, scheme ? scheme : "", scheme ? " " : "", call->key);
+	call->key_header = n;
+	call->auth_header = claimed_text(row, CLAIM_AUTH_HEADER);
+	call->auth_scheme = claimed_text(row, CLAIM_AUTH_SCHEME);
 	return headers;
 }
 
@@ -193,8 +195,10 @@ make_call(HeapTuple row)
 		call->url = psprintf("%s%s", base_url, claimed_text(row, CLAIM_PATH));
 		try_open_key(call, row);
 	}
-	if (call->key)
+	if (call->problem == NULL)
 		call->headers = make_headers(call, row);
+	if (call->key)
+		kv_call_use_key(call, call->key);
 	MemoryContextSwitchTo(old);
 	return call;
 }

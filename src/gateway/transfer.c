@@ -12,21 +12,23 @@
 
 #include "gateway/transfer.h"
 
-#include <arpa/inet.h>
-#include <netinet/in.h>
 #include <sys/epoll.h>
 #include <unistd.h>
 
 #include <curl/curl.h>
 
 #include "base/error.h"
+#include "base/https.h"
 #include "base/secret.h"
 #include "base/settings.h"
+#include "gateway/private_address.h"
 #include "libpq/pqsignal.h"
 #include "miscadmin.h"
 #include "portability/instr_time.h"
 
 #define EVENTS_AT_ONCE 64
+
+#define SECRET_ANSWER_MAX (64 * 1024)
 
 struct KvTransferPool
 {
@@ -51,6 +53,7 @@ struct KvTransfer
 	bool		address_refused;
 	bool		too_large;
 	bool		out_of_memory;
+	bool		secret;			/* the answer is */
 	char		error[CURL_ERROR_SIZE];
 };
 
@@ -88,69 +91,13 @@ set_timer(CURLM *multi, long timeout_ms, void *arg)
 	return 0;
 }
 
-static bool
-ipv4_is_private(uint32 address)
-{
-	static const struct
-	{
-		uint32		network;
-		int			bits;
-	}			ranges[] = {
-		/* IANA IPv4 Special-Purpose Address Registry (RFC 6890), multicast and reserved space */
-		{0x00000000, 8}, {0x0a000000, 8}, {0x64400000, 10}, {0x7f000000, 8}, {0xa9fe0000, 16},
-		{0xac100000, 12}, {0xc0000000, 24}, {0xc0000200, 24}, {0xc0586300, 24}, {0xc0a80000, 16},
-		{0xc6120000, 15}, {0xc6336400, 24}, {0xcb007100, 24}, {0xe0000000, 3},
-	};
-
-	for (size_t i = 0; i < lengthof(ranges); i++)
-		if ((address ^ ranges[i].network) >> (32 - ranges[i].bits) == 0)
-			return true;
-	return false;
-}
-
-static uint32
-read_ipv4(const uint8 *bytes)
-{
-	return (uint32) bytes[0] << 24 | (uint32) bytes[1] << 16 | (uint32) bytes[2] << 8 | bytes[3];
-}
-
-static bool
-ipv6_is_private(const uint8 *bytes)
-{
-	static const uint8 zeros[12] = {0};
-	static const uint8 mapped[12] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff};
-	static const uint8 nat64[12] = {0x00, 0x64, 0xff, 0x9b};
-
-	/* IPv4 inside IPv6: mapped, compatible, NAT64 (RFC 6052), 6to4 (RFC 3056) */
-	if (memcmp(bytes, mapped, 12) == 0 || memcmp(bytes, nat64, 12) == 0)
-		return ipv4_is_private(read_ipv4(bytes + 12));
-	if (memcmp(bytes, zeros, 12) == 0)
-		return true;
-	if (bytes[0] == 0x20 && bytes[1] == 0x02)
-		return ipv4_is_private(read_ipv4(bytes + 2));
-	/* Global unicast is 2000::/3; of it, 2001::/23 and 2001:db8::/32 are special (RFC 6890) */
-	if ((bytes[0] & 0xe0) != 0x20)
-		return true;
-	return bytes[0] == 0x20 && bytes[1] == 0x01 && (bytes[2] < 2 || (bytes[2] == 0x0d && bytes[3] == 0xb8));
-}
-
-static bool
-address_is_private(const struct sockaddr *address)
-{
-	if (address->sa_family == AF_INET)
-		return ipv4_is_private(ntohl(((const struct sockaddr_in *) address)->sin_addr.s_addr));
-	if (address->sa_family == AF_INET6)
-		return ipv6_is_private(((const struct sockaddr_in6 *) address)->sin6_addr.s6_addr);
-	return true;
-}
-
 /* The last word on an address: after the resolver, so that a name cannot turn inwards. */
 static curl_socket_t
 open_socket(void *arg, curlsocktype purpose, struct curl_sockaddr *address)
 {
 	KvTransfer *transfer = arg;
 
-	if (!transfer->allow_private && address_is_private(&address->addr))
+	if (!transfer->allow_private && kv_private_address(&address->addr))
 	{
 		transfer->address_refused = true;
 		return CURL_SOCKET_BAD;
@@ -310,6 +257,7 @@ check_url(const KvTransferRequest *request, bool *allowed, char *error, Size err
 {
 	CURLU	   *url = curl_url();
 	char	   *scheme = NULL;
+	char	   *host = NULL;
 	bool		usable;
 
 	*allowed = false;
@@ -319,12 +267,19 @@ check_url(const KvTransferRequest *request, bool *allowed, char *error, Size err
 		snprintf(error, error_size, "the provider's base_url and the path do not make a URL");
 	else
 	{
-		*allowed = host_is_allowed(url, request->allowed_host);
+		*allowed = request->is_own_server || host_is_allowed(url, request->allowed_host);
 		usable = *allowed || strcmp(scheme, "https") == 0;
 		if (!usable)
 			snprintf(error, error_size, "plain http is only for a host that providers.allowed_host names");
+		if (request->is_own_server && strcmp(scheme, "https") != 0 &&
+			(curl_url_get(url, CURLUPART_HOST, &host, 0) != CURLUE_OK || !kv_https_host_is_loopback(host)))
+		{
+			usable = false;
+			snprintf(error, error_size, "plain http is for a loopback address only");
+		}
 	}
 	curl_free(scheme);
+	curl_free(host);
 	curl_url_cleanup(url);
 	return usable;
 }
@@ -338,6 +293,8 @@ free_transfer(KvTransfer *transfer)
 		kv_secret_wipe(header->data, strlen(header->data));
 	curl_slist_free_all(transfer->headers);
 	free(transfer->request_body);
+	if (transfer->secret && transfer->body)
+		kv_secret_wipe(transfer->body, transfer->allocated);
 	free(transfer->body);
 	free(transfer);
 }
@@ -380,6 +337,11 @@ set_options(KvTransfer *transfer, const KvTransferRequest *request)
 	curl_easy_setopt(easy, CURLOPT_CONNECTTIMEOUT_MS, (long) kv_connect_timeout);
 	curl_easy_setopt(easy, CURLOPT_TIMEOUT_MS, (long) request->timeout_ms);
 	curl_easy_setopt(easy, CURLOPT_HTTPHEADER, transfer->headers);
+	if (request->ca_file && *request->ca_file)
+	{
+		curl_easy_setopt(easy, CURLOPT_CAINFO, request->ca_file);
+		curl_easy_setopt(easy, CURLOPT_CAPATH, NULL);
+	}
 	if (transfer->request_body)
 	{
 		curl_easy_setopt(easy, CURLOPT_POSTFIELDSIZE_LARGE, (curl_off_t) strlen(transfer->request_body));
@@ -413,7 +375,13 @@ kv_transfer_start(KvTransferPool *pool, const KvTransferRequest *request, char *
 	transfer->allow_private = allowed;
 	transfer->size_max = (Size) kv_max_response_size * 1024;
 	transfer->easy = curl_easy_init();
-	started = transfer->easy != NULL && copy_request(transfer, request);
+	/* Of a secret answer no copy is left behind: it gets all its memory at once. */
+	transfer->secret = request->is_own_server;
+	if (transfer->secret)
+		transfer->size_max = SECRET_ANSWER_MAX;
+	if (transfer->secret && (transfer->body = malloc(SECRET_ANSWER_MAX + 1)) != NULL)
+		transfer->allocated = SECRET_ANSWER_MAX + 1;
+	started = transfer->easy != NULL && copy_request(transfer, request) && (!transfer->secret || transfer->body);
 	if (started)
 	{
 		set_options(transfer, request);

@@ -18,6 +18,8 @@ typedef struct KvTransferRequest
 	const char *allowed_host;	/* host or host:port that may be http or private, or NULL */
 	const char *const *headers; /* "Name: value", NULL-terminated */
 	const char *body;			/* POST body, or NULL for GET */
+	bool		is_own_server;	/* an administrator set the address, and the answer is a secret */
+	const char *ca_file;		/* NULL or empty for the system's certificates */
 	int			timeout_ms;
 	void	   *owner;			/* handed back with the result */
 } KvTransferRequest;

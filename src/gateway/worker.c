@@ -20,6 +20,7 @@
 #include "crypto/reveal.h"
 #include "gateway/call.h"
 #include "gateway/claim.h"
+#include "gateway/reference.h"
 #include "gateway/transfer.h"
 #include "gateway/turn.h"
 #include "gateway/worker_slot.h"
@@ -54,7 +55,8 @@ collect_ended(KvWorker *worker)
 	{
 		KvCall	   *call = result.owner;
 
-		call->result = result;
+		if (kv_call_go_on(call, worker->pool, &result))
+			continue;
 		worker->ended = lappend(worker->ended, call);
 		worker->in_flight--;
 	}
@@ -235,6 +237,7 @@ serve_interrupts(KvWorker *worker)
 		ProcessConfigFile(PGC_SIGHUP);
 		leave_if_not_served();
 		kv_transfer_pool_configure(worker->pool, kv_per_host_connections, kv_max_concurrent_requests);
+		kv_reference_forget_all();
 		worker->look = true;
 		worker->boxes_due = 0;
 	}

@@ -52,6 +52,16 @@ is_expired(KvIndexScan *scan)
 	return !isnull && DatumGetTimestampTz(expires_at) <= GetCurrentTimestamp();
 }
 
+/* Is the current row's key kept elsewhere? */
+static bool
+is_reference(KvIndexScan *scan)
+{
+	bool		isnull;
+	text	   *source = DatumGetTextPP(kv_index_scan_value(scan, API_KEYS_SOURCE, &isnull));
+
+	return VARSIZE_ANY_EXHDR(source) == strlen("reference") && memcmp(VARDATA_ANY(source), "reference", strlen("reference")) == 0;
+}
+
 /* Open the key of the scan's current row; NULL when it does not open. */
 static char *
 open_row(KvIndexScan *scan, const char *user_id, const char *provider)
@@ -59,7 +69,16 @@ open_row(KvIndexScan *scan, const char *user_id, const char *provider)
 	bool		isnull;
 	pg_uuid_t  *id = DatumGetUUIDP(kv_index_scan_value(scan, API_KEYS_ID, &isnull));
 
-	return kv_key_row_open(user_id, provider, id, DatumGetByteaPP(kv_index_scan_value(scan, API_KEYS_CIPHERTEXT, &isnull)));
+	return kv_key_row_open(user_id, provider, id, is_reference(scan), DatumGetByteaPP(kv_index_scan_value(scan, API_KEYS_CIPHERTEXT, &isnull)));
+}
+
+static void
+raise_reference(void)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+			 errmsg("the key is kept elsewhere: what is stored here is a reference"),
+			 errhint("keyvault.request() uses it; keyvault.api_key_status shows the reference.")));
 }
 
 static void
@@ -72,21 +91,23 @@ report_unreadable(int level, const char *user_id, const char *provider)
 			 errhint("Store the key again, or restore api_keys, data_keys and vault together from one backup.")));
 }
 
-/* Open a key by its id. Returns it in secret memory; NULL when there is none or it has expired. Errors: KV004, KV005. */
+/* Open a key by its id. Returns it in secret memory, or the reference that stands for it; NULL when there is none or it has expired. Errors: KV004, KV005. */
 char *
-kv_key_lookup_by_id(const char *user_id, const pg_uuid_t *id)
+kv_key_lookup_by_id(const char *user_id, const pg_uuid_t *id, bool *names_reference)
 {
 	KvIndexScan scan;
 	Datum		keys[2] = {CStringGetTextDatum(user_id), UUIDPGetDatum(id)};
 	Oid			types[2] = {TEXTOID, UUIDOID};
 	char	   *secret = NULL;
 
+	*names_reference = false;
 	kv_index_scan_begin(&scan, "api_keys", "api_keys_pkey", 2, keys, types);
 	if (kv_index_scan_next(&scan, ForwardScanDirection) && !is_expired(&scan))
 	{
 		bool		isnull;
 		char	   *provider = TextDatumGetCString(kv_index_scan_value(&scan, API_KEYS_PROVIDER, &isnull));
 
+		*names_reference = is_reference(&scan);
 		secret = open_row(&scan, user_id, provider);
 		if (secret == NULL)
 			report_unreadable(ERROR, user_id, provider);
@@ -138,6 +159,8 @@ keyvault_user_api_key(PG_FUNCTION_ARGS)
 	found = kv_index_scan_next(&scan, ForwardScanDirection);
 	if (found && !is_expired(&scan))
 	{
+		if (is_reference(&scan))
+			raise_reference();
 		secret = open_row(&scan, user_id, provider);
 		if (secret == NULL)
 			report_unreadable(ERROR, user_id, provider);
@@ -195,7 +218,7 @@ keyvault_user_api_keys(PG_FUNCTION_ARGS)
 		char	   *provider = TextDatumGetCString(kv_index_scan_value(&scan, API_KEYS_PROVIDER, &isnull));
 		char	   *secret;
 
-		if (strcmp(name, KV_DEFAULT_KEY_NAME) != 0 || is_expired(&scan))
+		if (strcmp(name, KV_DEFAULT_KEY_NAME) != 0 || is_expired(&scan) || is_reference(&scan))
 			continue;
 		secret = open_row(&scan, user_id, provider);
 		if (secret == NULL)

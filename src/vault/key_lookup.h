@@ -10,6 +10,6 @@
 
 #include "utils/uuid.h"
 
-extern char *kv_key_lookup_by_id(const char *user_id, const pg_uuid_t *id);
+extern char *kv_key_lookup_by_id(const char *user_id, const pg_uuid_t *id, bool *names_reference);
 
 #endif

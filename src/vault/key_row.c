@@ -84,33 +84,41 @@ ensure_user(const char *user_id, bool may_create)
 		kv_statement_execute(&ensure, values, NULL);
 }
 
+/* A reference is no secret, and its own hint. */
+static const char *
+hint_of(const char *secret, bool is_reference)
+{
+	return is_reference ? secret : kv_key_shape_hint(secret);
+}
+
 /* Write a row with what has been sealed; without a fingerprint that is a box. */
 static void
 write_row(const KvNewKey *key, const pg_uuid_t *id, bytea *ciphertext, bytea *fingerprint)
 {
 	static KvStatement upsert = {
 		"INSERT INTO keyvault.api_keys AS k (user_id, id, provider, name, ciphertext, hint, fingerprint, source, expires_at)"
-		" VALUES ($1, $2, $3, $4, $5, $6, $7, CASE $1 WHEN '' THEN 'platform' ELSE 'user' END, $8)"
+		" VALUES ($1, $2, $3, $4, $5, $6, $7, CASE WHEN $9 THEN 'reference' WHEN $1 = '' THEN 'platform' ELSE 'user' END, $8)"
 		" ON CONFLICT (user_id, provider, name) DO UPDATE"
 		" SET id = EXCLUDED.id, ciphertext = EXCLUDED.ciphertext, hint = EXCLUDED.hint, fingerprint = EXCLUDED.fingerprint,"
-		" expires_at = EXCLUDED.expires_at, status = 'active', updated_at = now(),"
+		" source = EXCLUDED.source, expires_at = EXCLUDED.expires_at, status = 'active', updated_at = now(),"
 		" last_verified_at = CASE WHEN k.fingerprint = EXCLUDED.fingerprint THEN k.last_verified_at END,"
 		" rotated_at = CASE WHEN k.fingerprint = EXCLUDED.fingerprint THEN k.rotated_at ELSE now() END",
-		8, {TEXTOID, UUIDOID, TEXTOID, TEXTOID, BYTEAOID, TEXTOID, BYTEAOID, TIMESTAMPTZOID}
+		9, {TEXTOID, UUIDOID, TEXTOID, TEXTOID, BYTEAOID, TEXTOID, BYTEAOID, TIMESTAMPTZOID, BOOLOID}
 	};
-	Datum		values[8];
-	char		nulls[9] = "        ";
+	Datum		values[9];
+	char		nulls[10] = "         ";
 
 	values[0] = CStringGetTextDatum(key->user_id);
 	values[1] = UUIDPGetDatum(id);
 	values[2] = CStringGetTextDatum(key->provider);
 	values[3] = CStringGetTextDatum(key->name);
 	values[4] = PointerGetDatum(ciphertext);
-	values[5] = CStringGetTextDatum(kv_key_shape_hint(key->secret ? key->secret : ""));
+	values[5] = CStringGetTextDatum(hint_of(key->secret ? key->secret : "", key->is_reference));
 	values[6] = PointerGetDatum(fingerprint);
 	nulls[6] = fingerprint ? ' ' : 'n';
 	values[7] = TimestampTzGetDatum(key->expires_at);
 	nulls[7] = key->expires ? ' ' : 'n';
+	values[8] = BoolGetDatum(key->is_reference);
 	kv_statement_execute(&upsert, values, nulls);
 }
 
@@ -134,9 +142,9 @@ write_box(const KvNewKey *key, const pg_uuid_t *id)
 }
 
 static bytea *
-seal_record(const KvDataKey *data_key, const pg_uuid_t *id, const char *provider, const char *secret)
+seal_record(const KvDataKey *data_key, const pg_uuid_t *id, const char *provider, bool is_reference, const char *secret)
 {
-	KvSecretName name = {.id = *id,.provider = provider,.purpose = KV_API_KEY_PURPOSE};
+	KvSecretName name = {.id = *id,.provider = provider,.purpose = is_reference ? KV_REFERENCE_PURPOSE : KV_API_KEY_PURPOSE};
 
 	return kv_envelope_seal(data_key, &name, secret, strlen(secret));
 }
@@ -162,7 +170,7 @@ kv_key_row_write(const KvNewKey *key)
 	data_key = kv_data_key_ensure(key->user_id);
 	id = *id_for(key);
 	fingerprint = kv_key_row_fingerprint(data_key, key->secret);
-	write_row(key, &id, seal_record(data_key, &id, key->provider, key->secret), fingerprint);
+	write_row(key, &id, seal_record(data_key, &id, key->provider, key->is_reference, key->secret), fingerprint);
 	notice_duplicate(key, &id, fingerprint);
 	return id;
 }
@@ -172,9 +180,9 @@ kv_key_row_write(const KvNewKey *key)
  * not open. Errors: KV004, KV005.
  */
 char *
-kv_key_row_open(const char *user_id, const char *provider, const pg_uuid_t *id, const bytea *stored)
+kv_key_row_open(const char *user_id, const char *provider, const pg_uuid_t *id, bool is_reference, const bytea *stored)
 {
-	KvSecretName name = {.id = *id,.provider = provider,.purpose = KV_API_KEY_PURPOSE};
+	KvSecretName name = {.id = *id,.provider = provider,.purpose = is_reference ? KV_REFERENCE_PURPOSE : KV_API_KEY_PURPOSE};
 	Size		length;
 	char	   *secret;
 
@@ -188,7 +196,7 @@ kv_key_row_open(const char *user_id, const char *provider, const pg_uuid_t *id, 
 
 /* Make a record of a row that holds a box, whose secret was opened and checked. Call between kv_owner_begin and kv_owner_end. */
 void
-kv_key_row_convert(const char *user_id, const pg_uuid_t *id, const char *provider, const char *secret)
+kv_key_row_convert(const char *user_id, const pg_uuid_t *id, const char *provider, bool is_reference, const char *secret)
 {
 	static KvStatement update = {
 		"UPDATE keyvault.api_keys SET ciphertext = $3, hint = $4, fingerprint = $5"
@@ -199,8 +207,8 @@ kv_key_row_convert(const char *user_id, const pg_uuid_t *id, const char *provide
 
 	values[0] = CStringGetTextDatum(user_id);
 	values[1] = UUIDPGetDatum(id);
-	values[2] = PointerGetDatum(seal_record(data_key, id, provider, secret));
-	values[3] = CStringGetTextDatum(kv_key_shape_hint(secret));
+	values[2] = PointerGetDatum(seal_record(data_key, id, provider, is_reference, secret));
+	values[3] = CStringGetTextDatum(hint_of(secret, is_reference));
 	values[4] = PointerGetDatum(kv_key_row_fingerprint(data_key, secret));
 	kv_statement_execute(&update, values, NULL);
 }

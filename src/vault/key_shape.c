@@ -90,6 +90,18 @@ kv_key_shape_problem(const char *key, Size length, const char *provider)
 	return NULL;
 }
 
+/* Has it the length and the characters of a key, whosever it is? */
+bool
+kv_key_shape_is_sendable(const char *key)
+{
+	Size		length = strlen(key);
+
+	for (const char *p = key; *p; p++)
+		if (*p < '!' || *p > '~')
+			return false;
+	return length >= KV_KEY_LENGTH_MIN && length <= KV_KEY_LENGTH_MAX;
+}
+
 /* Error KV009 unless key can be a key of the provider. Call between kv_owner_begin and kv_owner_end. */
 void
 kv_key_shape_check(const char *key, Size length, const char *provider)

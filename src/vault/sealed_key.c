@@ -119,7 +119,7 @@ take_box(const char *user_id, const char *provider, const bytea *box)
 		raise_unopenable("It is sealed to a key that this vault does not have, or no longer takes.");
 	if (!kv_reveal_may_open())
 		return NULL;
-	secret = kv_key_row_open(user_id, provider, &no_id, box);
+	secret = kv_key_row_open(user_id, provider, &no_id, false, box);
 	if (secret == NULL)
 		raise_unopenable("It was altered, or sealed for another user, provider or vault.");
 	kv_key_shape_check(secret, strlen(secret), provider);
@@ -173,14 +173,20 @@ convert_row(HeapTuple row, TupleDesc tupdesc)
 	Datum		id = SPI_getbinval(row, tupdesc, 2, &isnull);
 	char	   *user = TextDatumGetCString(user_id);
 	char	   *provider = TextDatumGetCString(SPI_getbinval(row, tupdesc, 3, &isnull));
-	char	   *secret = kv_key_row_open(user, provider, DatumGetUUIDP(id), DatumGetByteaPP(SPI_getbinval(row, tupdesc, 4, &isnull)));
-	const char *problem = secret ? kv_key_shape_problem(secret, strlen(secret), provider) :
-		"It was altered, or sealed for another user, provider or vault.";
+	bool		is_reference = DatumGetBool(SPI_getbinval(row, tupdesc, 5, &isnull));
+	char	   *secret = kv_key_row_open(user, provider, DatumGetUUIDP(id), is_reference,
+										 DatumGetByteaPP(SPI_getbinval(row, tupdesc, 4, &isnull)));
+	const char *problem = NULL;
+
+	if (secret == NULL)
+		problem = "It was altered, or sealed for another user, provider or vault.";
+	else if (!is_reference)
+		problem = kv_key_shape_problem(secret, strlen(secret), provider);
 
 	if (problem)
 		mark_failed(user_id, id, problem);
 	else
-		kv_key_row_convert(user, DatumGetUUIDP(id), provider, secret);
+		kv_key_row_convert(user, DatumGetUUIDP(id), provider, is_reference, secret);
 }
 
 /*
@@ -191,7 +197,7 @@ int
 kv_sealed_key_convert(int max)
 {
 	static KvStatement find = {
-		"SELECT user_id, id, provider, ciphertext FROM keyvault.api_keys"
+		"SELECT user_id, id, provider, ciphertext, source = 'reference' FROM keyvault.api_keys"
 		" WHERE fingerprint IS NULL AND status = 'active' ORDER BY user_id, id LIMIT $1 FOR UPDATE SKIP LOCKED", 1, {INT4OID}
 	};
 	Datum		limit = Int32GetDatum(max);

@@ -1,4 +1,4 @@
-// A stand-in for HashiCorp Vault or OpenBao: the parts of the Transit and token APIs that keyvault calls.
+// A stand-in for HashiCorp Vault or OpenBao: the parts of the Transit, token and key/value (version 2) APIs that keyvault calls.
 //   node vault.mjs --port 0 --port-file FILE --token TOKEN [--namespace NAME] [--lease SECONDS] [--cert FILE --key FILE]
 // POST /__mode?mode=NAME makes it misbehave: ok, sealed, slow, malformed, empty, short, huge, redirect, error.
 // POST /__token?token=NAME makes another token the good one. GET /__stats counts calls by path.
@@ -70,6 +70,16 @@ const answer = (path, body) => {
   return { data: { ciphertext: encrypt(name, plain) } };
 };
 
+// The key/value engine, version 2: POST and GET of MOUNT/data/PATH, from any mount.
+const secrets = new Map();
+
+const keyValue = (method, path, body) => {
+  if (!/^[^/]+\/data\/./.test(path)) return undefined;
+  if (method === 'POST') secrets.set(path, body.data);
+  if (!secrets.has(path)) return undefined;
+  return { lease_duration: 0, data: { data: secrets.get(path), metadata: { version: 1 } } };
+};
+
 const serveApi = (request, response, path, text) => {
   counts[path] = (counts[path] ?? 0) + 1;
   if (mode === 'slow') return; // no answer at all
@@ -85,7 +95,8 @@ const serveApi = (request, response, path, text) => {
     return send(response, 403, { errors: ['permission denied'] });
   }
   try {
-    const body = answer(path, text ? JSON.parse(text) : {});
+    const parsed = text ? JSON.parse(text) : {};
+    const body = answer(path, parsed) ?? keyValue(request.method, path, parsed);
     return body ? send(response, 200, body) : send(response, 404, { errors: [] });
   } catch {
     return send(response, 400, { errors: ['invalid ciphertext'] });
