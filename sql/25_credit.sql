@@ -103,12 +103,17 @@ COMMENT ON FUNCTION keyvault._period_bound(timestamptz, integer) IS
     'When period number begins: anchor + number months in UTC, each computed from the anchor, so that the 31st comes back after a short month.';
 
 CREATE FUNCTION keyvault._period_number(anchor timestamptz, at timestamptz) RETURNS integer
-    LANGUAGE sql IMMUTABLE PARALLEL SAFE
-BEGIN ATOMIC
-    SELECT m.months - (keyvault._period_bound(anchor, m.months) > at)::integer
-      FROM (SELECT ((extract(year FROM at AT TIME ZONE 'UTC') - extract(year FROM anchor AT TIME ZONE 'UTC')) * 12
-                   + extract(month FROM at AT TIME ZONE 'UTC') - extract(month FROM anchor AT TIME ZONE 'UTC'))::integer AS months) m;
-END;
+    LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    first_begins timestamp := anchor AT TIME ZONE 'UTC';
+    utc timestamp := at AT TIME ZONE 'UTC';
+    months integer := (date_part('year', utc) - date_part('year', first_begins)) * 12
+                      + date_part('month', utc) - date_part('month', first_begins);
+BEGIN
+    RETURN months - (first_begins + make_interval(months => months) > utc)::integer;
+END $$;
 COMMENT ON FUNCTION keyvault._period_number(timestamptz, timestamptz) IS
     'The number of the period that contains at; 0 begins at the anchor.';
 
