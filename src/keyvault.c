@@ -5,6 +5,7 @@
  */
 #include "postgres.h"
 
+#include "base/activity.h"
 #include "base/error.h"
 #include "base/redaction.h"
 #include "base/settings.h"
@@ -38,6 +39,7 @@ typedef struct KvModule
 static const KvModule modules[] = {
 	{"settings", kv_settings_init},
 	{"redaction", kv_redaction_init},
+	{"activity", kv_activity_init},
 	{"reveal", kv_reveal_init},
 	{"master keys", NULL, kv_master_key_cache_shmem_size, kv_master_key_cache_shmem_init},
 	{"record key cache", kv_record_key_cache_init, kv_record_key_cache_shmem_size, kv_record_key_cache_shmem_init},

@@ -44,4 +44,13 @@
 /* 18 makes UUIDs of version 7 itself. */
 #define KV_HAS_UUIDV7 (PG_VERSION_NUM >= 180000)
 
+/* 18 dropped the executor's execute_once. */
+#if PG_VERSION_NUM >= 180000
+#define KV_EXECUTOR_RUN_PARAMETERS QueryDesc *query, ScanDirection direction, uint64 count
+#define KV_EXECUTOR_RUN_ARGUMENTS query, direction, count
+#else
+#define KV_EXECUTOR_RUN_PARAMETERS QueryDesc *query, ScanDirection direction, uint64 count, bool execute_once
+#define KV_EXECUTOR_RUN_ARGUMENTS query, direction, count, execute_once
+#endif
+
 #endif

@@ -8,11 +8,7 @@
 
 #include "postgres.h"
 
-/* What stands in the place of a secret's bytes. */
-#define KV_REDACTED_BYTE '*'
-
 extern void kv_redaction_init(void);
 extern void kv_redaction_mark_statement(void);
-extern Size kv_redaction_scrub_value(char *text, Size length, const char *secret);
 
 #endif

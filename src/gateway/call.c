@@ -13,7 +13,7 @@
 
 #include "base/json_field.h"
 #include "base/owner_spi.h"
-#include "base/redaction.h"
+#include "base/secret_text.h"
 #include "base/secret.h"
 #include "base/settings.h"
 #include "catalog/pg_type.h"
@@ -233,7 +233,7 @@ parse_answer(char *body, Size length, const char *key)
 	StringInfoData spelled;
 	char	   *text;
 
-	kv_redaction_scrub_value(body, length, key);
+	kv_secret_text_scrub_value(body, length, key);
 	answer = kv_json_parse(body, length);
 	if (answer == NULL || !escapes)
 		return answer;
@@ -241,7 +241,7 @@ parse_answer(char *body, Size length, const char *key)
 	escape_json(&spelled, key);
 	spelled.data[spelled.len - 1] = '\0';	/* the quotes around it */
 	text = JsonbToCString(NULL, &answer->root, VARSIZE(answer));
-	if (kv_redaction_scrub_value(text, strlen(text), spelled.data + 1) > 0)
+	if (kv_secret_text_scrub_value(text, strlen(text), spelled.data + 1) > 0)
 		answer = kv_json_parse(text, strlen(text));
 	kv_secret_wipe(spelled.data, spelled.len);
 	return answer;

@@ -1,0 +1,12 @@
+/*-------------------------------------------------------------------------
+ * activity.h
+ *		Keeps secrets out of pg_stat_activity and pg_stat_statements.
+ *-------------------------------------------------------------------------
+ */
+#ifndef KV_ACTIVITY_H
+#define KV_ACTIVITY_H
+
+extern void kv_activity_init(void);
+extern void kv_activity_withhold(void);
+
+#endif
