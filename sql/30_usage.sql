@@ -4,7 +4,7 @@ CREATE FUNCTION keyvault._debit_tag() RETURNS bigint
     LANGUAGE c STABLE PARALLEL RESTRICTED
     AS 'MODULE_PATHNAME', 'keyvault_debit_tag';
 COMMENT ON FUNCTION keyvault._debit_tag() IS
-    'A number that names this transaction of this cluster, the default of usage_records.debit_tag.';
+    'The number of this transaction in this installation of the extension, the default of usage_records.debit_tag.';
 
 -- No CHECK stands here, nor on the other tables that every call writes: PostgreSQL parses and
 -- plans each of them anew for each statement, which costs more than the debit. The row
@@ -56,7 +56,7 @@ COMMENT ON COLUMN keyvault.usage_records.hold_id IS 'The hold, or the request, t
 COMMENT ON COLUMN keyvault.usage_records.price IS
     'The price that was used: provider, model, valid_from, USD per million tokens, per request and per unit, the context tier, and what made credits of it. NULL for a row with credits of its own.';
 COMMENT ON COLUMN keyvault.usage_records.debit_tag IS
-    'Names the transaction that debited the row. A row that arrives with another transaction''s tag, by pg_restore or logical replication, is not debited again.';
+    'Names the transaction that debited the row: 15 bits of the installation, 48 of the transaction id. A row that arrives with another transaction''s tag, by pg_restore or logical replication, is not debited again.';
 
 CREATE TABLE keyvault.usage_records_default PARTITION OF keyvault.usage_records DEFAULT;
 COMMENT ON TABLE keyvault.usage_records_default IS 'Usage of months that have no partition of their own.';
@@ -121,40 +121,12 @@ BEGIN
     EXECUTE format('ALTER TABLE %s ENABLE ALWAYS TRIGGER flush_debits', partition);
     EXECUTE format('CREATE TRIGGER refuse_truncate BEFORE TRUNCATE ON %s EXECUTE FUNCTION keyvault._refuse_change()', partition);
     EXECUTE format('ALTER TABLE %s ENABLE ALWAYS TRIGGER refuse_truncate', partition);
+    -- Not an index of the parent: a dump would make the partitions' ones again that ATTACH has made.
+    IF partition <> 'keyvault.usage_records'::regclass THEN
+        EXECUTE format('CREATE INDEX ON %s USING brin (debit_tag) WITH (pages_per_range = 32, autosummarize = on)', partition);
+    END IF;
 END $$;
 COMMENT ON FUNCTION keyvault._guard_partition(regclass) IS
-    'Gives a table of usage records the statement triggers, which partitions do not inherit.';
+    'Gives a table of usage records what partitions do not inherit: the statement triggers, and an index by which the roll-up finds new rows.';
 SELECT keyvault._guard_partition('keyvault.usage_records');
 SELECT keyvault._guard_partition('keyvault.usage_records_default');
-
-CREATE FUNCTION keyvault._make_usage_partitions(ahead integer = 3) RETURNS integer
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    month timestamptz;
-    partition text;
-    made integer := 0;
-BEGIN
-    FOR i IN 0 .. ahead LOOP
-        month := keyvault._period_bound(date_trunc('month', now(), 'UTC'), i);
-        partition := 'usage_records_' || to_char(month AT TIME ZONE 'UTC', 'YYYY_MM');
-        -- A month whose first rows are in the default partition stays there.
-        IF to_regclass('keyvault.' || partition) IS NULL
-           AND NOT EXISTS (SELECT FROM keyvault.usage_records_default
-                            WHERE created_at >= month AND created_at < keyvault._period_bound(month, 1))
-        THEN
-            EXECUTE format('CREATE TABLE keyvault.%I PARTITION OF keyvault.usage_records FOR VALUES FROM (%L) TO (%L)',
-                           partition, month, keyvault._period_bound(month, 1));
-            EXECUTE format('COMMENT ON TABLE keyvault.%I IS %L', partition,
-                           'Usage of the month that begins at ' || to_char(month AT TIME ZONE 'UTC', 'YYYY-MM-DD') || ' UTC.');
-            EXECUTE format('ALTER TABLE keyvault.%I ENABLE ROW LEVEL SECURITY', partition);
-            EXECUTE format('REVOKE ALL ON keyvault.%I FROM PUBLIC', partition);
-            PERFORM keyvault._guard_partition(format('keyvault.%I', partition)::regclass);
-            made := made + 1;
-        END IF;
-    END LOOP;
-    RETURN made;
-END $$;
-COMMENT ON FUNCTION keyvault._make_usage_partitions(integer) IS
-    'Makes the partitions of usage_records for this month, where it has no rows yet, and the months ahead; returns how many were made. The worker calls it.';

@@ -17,13 +17,3 @@ SELECT u.user_id, u.plan, (c.monthly_credits - c.credits_covered)::numeric(18,6)
                       WHERE h.user_id = b.user_id AND h.expires_at > now()) held;
 COMMENT ON VIEW keyvault.credit_status IS
     'Plan and credits of the acting user, of every user for access analyst or admin. Right also when a period or a grant has ended and nothing was written yet. NULL monthly_credits and credits_remaining are unlimited; extra_credits are those of the period, spent ones among them; credits_overage is what was used beyond all of them, on a plan with overage report.';
-
-CREATE VIEW keyvault.usage_by_day WITH (security_invoker = true, security_barrier = true) AS
-SELECT r.user_id, (r.created_at AT TIME ZONE 'UTC')::date AS day, r.provider, r.model, r.type, r.payer,
-       count(*) AS calls, sum(r.input_tokens)::bigint AS input_tokens, sum(r.cached_tokens)::bigint AS cached_tokens,
-       sum(r.output_tokens)::bigint AS output_tokens, sum(r.tokens)::bigint AS tokens,
-       sum(r.credits) AS credits, sum(r.cost_usd) AS cost_usd
-  FROM keyvault.usage_records r
- GROUP BY r.user_id, (r.created_at AT TIME ZONE 'UTC')::date, r.provider, r.model, r.type, r.payer;
-COMMENT ON VIEW keyvault.usage_by_day IS
-    'Usage per user, UTC day, provider, model, type and payer: calls, tokens, credits debited and provider cost in USD. The acting user''s, every user''s for access analyst or admin.';

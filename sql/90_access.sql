@@ -7,7 +7,7 @@ AS $$
 DECLARE
     app_functions text[] := '{act_as, store_api_key_reference, upsert_user, set_plan, uuidv7, _debit_tag}';
     user_functions text[] := '{test_api_key, store_api_key, store_api_keys, sealing_key, store_sealed_api_key, user_api_keys, user_api_key, delete_api_key, request, response, wait_response, call, cancel_request}';
-    every_function text[] := '{current_user_id, _may_act_for_any_user, _may_read_all_usage, _may_administer, _period_bound, _period_number}';
+    every_function text[] := '{current_user_id, _may_act_for_any_user, _may_read_all_usage, _may_administer, _period_bound, _period_number, usage_chart}';
     admin_functions text[] := '{upsert_user, set_plan, store_platform_key}';
     credit_functions text[] := CASE access
         WHEN 'app' THEN '{record_usage, reserve_credits, settle_credits, release_credits, grant_credits, refund_usage, set_budget}'
@@ -34,6 +34,8 @@ BEGIN
              || 'keyvault.model_prices, keyvault.credit_status, keyvault.usage_records, keyvault.usage_by_day';
     RETURN NEXT 'SELECT ON keyvault.credit_grants, keyvault.credit_periods, keyvault.credit_notices, keyvault.credit_budgets, '
              || 'keyvault.budget_status, keyvault.plan_prices, keyvault.usage_archived';
+    RETURN NEXT 'SELECT ON keyvault.usage_by_model, keyvault.usage_by_month, keyvault.cost_by_payer, keyvault.revenue_by_user, '
+             || 'keyvault.usage_anomalies, keyvault.usage_daily, keyvault.usage_late, keyvault.usage_retired, keyvault.usage_rollup, keyvault._usage';
     IF access IN ('app', 'user') THEN
         RETURN NEXT 'SELECT (user_id, id, provider, model, type, path, payer, api_key_id, status, attempts, timeout_ms, hold_id, estimated_usd, '
                  || 'idempotency_key, queued_at, next_attempt_at, sent_at, finished_at, error, metadata, body) ON keyvault.requests';

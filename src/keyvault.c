@@ -11,6 +11,7 @@
 #include "base/settings.h"
 #include "credit/debit.h"
 #include "credit/partition_restore.h"
+#include "credit/restored_usage.h"
 #include "crypto/master_key_cache.h"
 #include "crypto/record_key_cache.h"
 #include "crypto/reveal.h"
@@ -46,6 +47,7 @@ static const KvModule modules[] = {
 	{"call keys", NULL, kv_call_key_shmem_size, kv_call_key_shmem_init},
 	{"development", kv_development_init},
 	{"debit", kv_debit_init},
+	{"restored usage", kv_restored_usage_init},
 	{"partition restore", kv_partition_restore_init},
 	{"worker slots", kv_worker_slot_init, kv_worker_slot_shmem_size, kv_worker_slot_shmem_init},
 	{"database drop", kv_database_drop_init},

@@ -43,6 +43,10 @@ int			kv_max_attempts = 4;
 int			kv_max_request_size = 16384;
 int			kv_max_response_size = 16384;
 int			kv_worker_idle_timeout = 60000;
+int			kv_maintenance_interval = 300000;
+int			kv_response_retention = 30 * 86400;
+int			kv_usage_retention = 0;
+bool		kv_drop_retired_usage = false;
 
 static const struct config_enum_entry modes[] = {
 	{"production", KV_MODE_PRODUCTION, false},
@@ -207,6 +211,23 @@ define_worker_settings(void)
 							NULL, &kv_worker_idle_timeout, 60000, 0, INT_MAX, PGC_SIGHUP, GUC_UNIT_MS, NULL, NULL, NULL);
 }
 
+static void
+define_maintenance_settings(void)
+{
+	DefineCustomIntVariable("keyvault.maintenance_interval",
+							"How often a database's worker looks for maintenance that is due; 0 for never.",
+							NULL, &kv_maintenance_interval, 300000, 0, INT_MAX, PGC_SIGHUP, GUC_UNIT_MS, NULL, NULL, NULL);
+	DefineCustomIntVariable("keyvault.response_retention",
+							"How long requests and their answers are kept after they ended; 0 for ever.",
+							NULL, &kv_response_retention, 30 * 86400, 0, INT_MAX, PGC_SIGHUP, GUC_UNIT_S, NULL, NULL, NULL);
+	DefineCustomIntVariable("keyvault.usage_retention",
+							"Months before this one whose usage records are kept; 0 for all.",
+							NULL, &kv_usage_retention, 0, 0, 1200, PGC_SIGHUP, 0, NULL, NULL, NULL);
+	DefineCustomBoolVariable("keyvault.drop_retired_usage",
+							 "Drops the usage records of retired months; off detaches their partition and leaves it as a table.",
+							 NULL, &kv_drop_retired_usage, false, PGC_SIGHUP, 0, NULL, NULL, NULL);
+}
+
 /* Define the settings; called once, while the server preloads the library. */
 void
 kv_settings_init(void)
@@ -217,5 +238,6 @@ kv_settings_init(void)
 	define_development_settings();
 	define_vault_settings();
 	define_worker_settings();
+	define_maintenance_settings();
 	MarkGUCPrefixReserved("keyvault");
 }

@@ -50,6 +50,10 @@ extern int	kv_max_attempts;
 extern int	kv_max_request_size;
 extern int	kv_max_response_size;
 extern int	kv_worker_idle_timeout;
+extern int	kv_maintenance_interval;
+extern int	kv_response_retention;
+extern int	kv_usage_retention;
+extern bool kv_drop_retired_usage;
 
 extern void kv_settings_init(void);
 extern void kv_settings_on_reveal_off(void (*callback) (void));

@@ -14,7 +14,6 @@
 #include "credit/debit.h"
 
 #include "access/xact.h"
-#include "access/xlog.h"
 #include "base/error.h"
 #include "base/index_scan.h"
 #include "base/owner_spi.h"
@@ -22,9 +21,10 @@
 #include "base/settings.h"
 #include "catalog/pg_type.h"
 #include "commands/trigger.h"
-#include "common/hashfn.h"
 #include "common/int.h"
 #include "credit/owed_row.h"
+#include "credit/restored_usage.h"
+#include "credit/usage_tag.h"
 #include "fmgr.h"
 #include "identity/identity.h"
 #include "miscadmin.h"
@@ -37,7 +37,6 @@
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
-PG_FUNCTION_INFO_V1(keyvault_debit_tag);
 PG_FUNCTION_INFO_V1(keyvault_collect_debit);
 PG_FUNCTION_INFO_V1(keyvault_flush_debits);
 
@@ -89,21 +88,6 @@ static int	columns[COLUMNS];
 
 /* The type of a usage record, in bytes. */
 #define TYPE_MAX 63
-
-/* A number that names the current transaction of this cluster. */
-static int64
-debit_tag(void)
-{
-	uint64		name[2] = {GetSystemIdentifier(), U64FromFullTransactionId(GetTopFullTransactionId())};
-
-	return (int64) hash_bytes_extended((unsigned char *) name, sizeof(name), 0);
-}
-
-Datum
-keyvault_debit_tag(PG_FUNCTION_ARGS)
-{
-	PG_RETURN_INT64(debit_tag());
-}
 
 static void
 find_columns(Relation relation)
@@ -236,7 +220,10 @@ keyvault_collect_debit(PG_FUNCTION_ARGS)
 	check_trigger(fcinfo, true);
 	/* A subscriber receives the balances that its publisher debited. */
 	if (IsLogicalWorker())
+	{
+		kv_restored_usage_add(trigger->tg_relation, trigger->tg_trigtuple);
 		return PointerGetDatum(NULL);
+	}
 	find_columns(trigger->tg_relation);
 	for (int i = 0; i < COLUMNS; i++)
 		values[i] = heap_getattr(trigger->tg_trigtuple, columns[i], RelationGetDescr(trigger->tg_relation), &isnull[i]);
@@ -245,12 +232,14 @@ keyvault_collect_debit(PG_FUNCTION_ARGS)
 	user_id = DatumGetTextPP(values[USER_ID]);
 	if (VARSIZE_ANY_EXHDR(user_id) == 0 || VARSIZE_ANY_EXHDR(user_id) > KV_USER_ID_MAX)
 		(void) kv_identity_check_user_id(user_id);
-	if (DatumGetInt64(values[DEBIT_TAG]) == debit_tag())
+	if (DatumGetInt64(values[DEBIT_TAG]) == kv_usage_tag())
 	{
 		owe(VARDATA_ANY(user_id), VARSIZE_ANY_EXHDR(user_id), micro_credits);
 		kv_owed_row_add(RelationGetRelid(trigger->tg_relation), &trigger->tg_trigtuple->t_self,
 						VARDATA_ANY(user_id), VARSIZE_ANY_EXHDR(user_id));
 	}
+	else
+		kv_restored_usage_add(trigger->tg_relation, trigger->tg_trigtuple);
 	return PointerGetDatum(NULL);
 }
 
@@ -372,6 +361,7 @@ keyvault_flush_debits(PG_FUNCTION_ARGS)
 {
 	check_trigger(fcinfo, false);
 	flush_debits();
+	kv_restored_usage_flush();
 	return PointerGetDatum(NULL);
 }
 

@@ -48,9 +48,10 @@ SELECT a.attrelid::regclass FROM pg_attribute a JOIN pg_class c ON c.oid = a.att
 -- views respect the rights of who reads them, and none opens a key
 SELECT c.oid::regclass FROM pg_class c WHERE c.relnamespace = 'keyvault'::regnamespace AND c.relkind = 'v'
    AND (NOT coalesce(c.reloptions @> '{security_invoker=true}', false) OR pg_get_viewdef(c.oid) ~ 'user_api_key|ciphertext');
--- every table's contents go into a dump
+-- every table's contents go into a dump, but for what is derived from usage_records
 SELECT c.oid::regclass FROM pg_class c JOIN pg_depend d ON d.objid = c.oid AND d.deptype = 'e', pg_extension e
- WHERE e.extname = 'keyvault' AND d.refobjid = e.oid AND c.relkind = 'r' AND NOT c.oid = ANY (e.extconfig);
+ WHERE e.extname = 'keyvault' AND d.refobjid = e.oid AND c.relkind = 'r' AND NOT c.oid = ANY (e.extconfig)
+   AND c.oid NOT IN ('keyvault.usage_rollup'::regclass, 'keyvault.usage_daily'::regclass, 'keyvault.usage_late'::regclass);
 -- columns that C reads by their number
 SELECT attrelid::regclass, string_agg(attname, ' ' ORDER BY attnum) FROM pg_attribute
  WHERE attrelid IN ('keyvault.api_keys'::regclass, 'keyvault.data_keys'::regclass, 'keyvault.vault'::regclass) AND attnum > 0

@@ -1,0 +1,126 @@
+-- What is due from time to time. Nothing is wrong before it has run: it makes things sooner, smaller and faster.
+-- The worker does it by itself, pg_cron on a schedule, and a superuser with run_maintenance() or CALL maintain().
+
+CREATE VIEW keyvault._maintenance_job WITH (security_invoker = true) AS
+SELECT * FROM (VALUES
+    (1, 'partitions', '7 * * * *'),
+    (2, 'roll-up', '* * * * *'),
+    (3, 'retention', '17 * * * *'),
+    (4, 'reset', '*/5 * * * *'),
+    (5, 'purge', '27 * * * *'),
+    (6, 'rotation', '37 * * * *')) j(place, job, schedule);
+COMMENT ON VIEW keyvault._maintenance_job IS 'The jobs of maintenance in their order, and when pg_cron runs each.';
+
+CREATE FUNCTION keyvault._purge(batch integer) RETURNS bigint
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    retention constant interval := current_setting('keyvault.response_retention')::interval;
+    kept_from constant timestamptz := now() - retention;
+    holder text;
+    purged bigint := 0;
+BEGIN
+    FOR holder IN SELECT h.user_id FROM keyvault.credit_holds h WHERE h.expires_at <= now() AND h.amount > 0 GROUP BY 1 ORDER BY 1 LIMIT batch LOOP
+        PERFORM keyvault._lock_balance(holder, false);
+        PERFORM keyvault._sweep_holds(holder);
+        purged := purged + 1;
+    END LOOP;
+    IF retention > '0' AND purged < batch THEN
+        -- An id begins with the milliseconds since 1970 at which it was made, so that the index on ids finds the oldest.
+        WITH old AS (
+            SELECT r.user_id, r.id FROM keyvault.requests r
+             WHERE r.id < (lpad(to_hex(floor(extract(epoch FROM kept_from) * 1000)::bigint), 12, '0') || repeat('0', 20))::uuid
+               AND r.finished_at < kept_from
+             ORDER BY r.id LIMIT batch FOR UPDATE SKIP LOCKED
+        ), answers AS (
+            DELETE FROM keyvault.responses a USING old o WHERE a.user_id = o.user_id AND a.id = o.id
+        ), gone AS (
+            DELETE FROM keyvault.requests r USING old o WHERE r.user_id = o.user_id AND r.id = o.id RETURNING 1)
+        SELECT purged + count(*) INTO purged FROM gone;
+    END IF;
+    RETURN purged;
+END $$;
+COMMENT ON FUNCTION keyvault._purge(integer) IS
+    'Takes the expired holds of up to batch users off their balances, and deletes up to batch requests that ended longer than keyvault.response_retention ago, with their answers; returns how many of both.';
+
+CREATE FUNCTION keyvault._maintain(job text, batch integer = 10000, OUT done bigint, OUT more boolean, OUT detail text)
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    more := false;
+    CASE job
+        WHEN 'partitions' THEN
+            done := keyvault._make_usage_partitions();
+            detail := CASE WHEN done > 0 THEN 'partitions made ahead' END;
+            IF done = 0 THEN
+                detail := 'moved out of the default partition into ' || keyvault._settle_default_partition();
+                done := (detail IS NOT NULL)::integer;
+            END IF;
+            more := done > 0;
+        WHEN 'roll-up' THEN
+            SELECT r.rolled, r.more INTO done, more FROM keyvault._roll_up_usage(2 * batch) r;
+            detail := 'records added to usage_daily';
+        WHEN 'retention' THEN
+            detail := 'retired ' || keyvault._retire_usage();
+            done := (detail IS NOT NULL)::integer;
+            more := done > 0;
+        WHEN 'reset' THEN
+            done := keyvault._reset_due_credits(batch);
+            more := done >= batch;
+            detail := 'balances whose period ended';
+        WHEN 'purge' THEN
+            done := keyvault._purge(batch);
+            more := done >= batch;
+            detail := 'old requests, and users with expired holds';
+        ELSE
+            done := 0;
+    END CASE;
+EXCEPTION
+    WHEN lock_not_available THEN
+        done := 0;
+        more := false;
+        detail := 'waits for a lock';
+END $$;
+COMMENT ON FUNCTION keyvault._maintain(text, integer) IS
+    'Does one batch of a job of maintenance: how much was done, whether there is more, and in words what; nothing when a lock is in the way.';
+
+CREATE FUNCTION keyvault._check_maintenance_job(name text) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    IF name IS NOT NULL AND NOT EXISTS (SELECT FROM keyvault._maintenance_job j WHERE j.job = name) THEN
+        RAISE EXCEPTION 'there is no such job of maintenance'
+            USING ERRCODE = 'invalid_parameter_value',
+                  HINT = format('Jobs are %s; NULL is all of them.',
+                                (SELECT string_agg(j.job, ', ' ORDER BY j.place) FROM keyvault._maintenance_job j));
+    END IF;
+END $$;
+COMMENT ON FUNCTION keyvault._check_maintenance_job(text) IS 'Raises 22023 for a name that is no job of maintenance.';
+
+CREATE FUNCTION keyvault.run_maintenance(name text = NULL) RETURNS TABLE (job text, detail text, count bigint)
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+#variable_conflict use_column
+DECLARE
+    step record;
+    place integer;
+BEGIN
+    PERFORM keyvault._check_maintenance_job(name);
+    FOR job, place IN SELECT j.job, j.place FROM keyvault._maintenance_job j WHERE name IS NULL OR j.job = name ORDER BY j.place LOOP
+        count := 0;
+        detail := NULL;
+        LOOP
+            step := keyvault._maintain(job);
+            count := count + step.done;
+            detail := CASE WHEN step.done > 0 OR detail IS NULL THEN coalesce(step.detail, detail) ELSE detail END;
+            EXIT WHEN NOT step.more;
+        END LOOP;
+        RETURN NEXT;
+    END LOOP;
+END $$;
+COMMENT ON FUNCTION keyvault.run_maintenance(text) IS
+    'Does all that is due, or one job of it, in the caller''s transaction, and returns a row per job: what was done, and how much of it. Again at once it finds little left. CALL maintain() does the same and commits after each batch. A superuser calls it. Errors: 22023, 42501.';

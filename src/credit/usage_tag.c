@@ -1,0 +1,107 @@
+/*-------------------------------------------------------------------------
+ * usage_tag.c
+ *		Names the transaction that wrote a usage record: usage_records.debit_tag.
+ *
+ * A tag is the full transaction id under the 15 random bits of this installation of the
+ * extension. It tells rows that were debited here from restored ones, and it orders
+ * rows, so that the roll-up knows which transactions have ended.
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "credit/usage_tag.h"
+
+#include "access/table.h"
+#include "access/tableam.h"
+#include "access/xact.h"
+#include "base/error.h"
+#include "catalog/namespace.h"
+#include "fmgr.h"
+#include "utils/lsyscache.h"
+#include "utils/rel.h"
+#include "utils/snapmgr.h"
+
+PG_FUNCTION_INFO_V1(keyvault_debit_tag);
+
+/* Column of keyvault.usage_rollup. */
+#define ROLLUP_TAG_BASE 2
+
+/* What the table with this OID says; its row never changes in that. */
+static Oid	cached_table = InvalidOid;
+static int64 cached_base;
+
+/* The tag of the transaction that asked last; transaction ids are not used twice. */
+static FullTransactionId tagged;
+static int64 tag;
+
+static int64
+read_base(Oid table_oid)
+{
+	Relation	table = table_open(table_oid, AccessShareLock);
+	Snapshot	snapshot = RegisterSnapshot(GetLatestSnapshot());
+	TupleTableSlot *slot = table_slot_create(table, NULL);
+	TableScanDesc scan = table_beginscan(table, snapshot, 0, NULL);
+	bool		isnull;
+	int64		base;
+
+	if (!table_scan_getnextslot(scan, ForwardScanDirection, slot))
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("keyvault.usage_rollup has lost its row"),
+				 errhint("Insert it again, with another tag_base than before, and run keyvault.rebuild_usage_daily().")));
+	base = DatumGetInt64(slot_getattr(slot, ROLLUP_TAG_BASE, &isnull));
+	table_endscan(scan);
+	ExecDropSingleTupleTableSlot(slot);
+	UnregisterSnapshot(snapshot);
+	table_close(table, AccessShareLock);
+	return base;
+}
+
+static Oid
+rollup_table(void)
+{
+	return get_relname_relid("usage_rollup", get_namespace_oid("keyvault", false));
+}
+
+/* Does the SQL of this database have a roll-up? That of version 0.1.0 has none. */
+bool
+kv_usage_is_rolled_up(void)
+{
+	return OidIsValid(rollup_table());
+}
+
+/* The first tag of this installation; 0 where there is no roll-up. */
+static int64
+tag_base(void)
+{
+	Oid			table = rollup_table();
+
+	if (!OidIsValid(table))
+		return 0;
+	if (table != cached_table)
+	{
+		cached_base = read_base(table);
+		cached_table = table;
+	}
+	return cached_base;
+}
+
+/* The tag of the current transaction, which gets a transaction id if it has none. */
+int64
+kv_usage_tag(void)
+{
+	FullTransactionId xid = GetTopFullTransactionId();
+
+	if (!FullTransactionIdEquals(xid, tagged))
+	{
+		tag = tag_base() + (int64) (U64FromFullTransactionId(xid) & ((UINT64CONST(1) << KV_USAGE_TAG_XID_BITS) - 1));
+		tagged = xid;
+	}
+	return tag;
+}
+
+Datum
+keyvault_debit_tag(PG_FUNCTION_ARGS)
+{
+	PG_RETURN_INT64(kv_usage_tag());
+}
