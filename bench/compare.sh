@@ -19,7 +19,7 @@ compare() {
 		END {
 			for (i = 2; i <= NR; i++)
 				for (j = i; j > 1 && ratio[j] < ratio[j - 1]; j--) { t = ratio[j]; ratio[j] = ratio[j - 1]; ratio[j - 1] = t }
-			printf "%-58s ratio %.2f  (%.2f to %.2f; about %d and %d per second)\n", title,
+			printf "%-58s ratio %.2f  (%.2f to %.2f; about %.4g and %.4g per second)\n", title,
 				ratio[int((NR + 1) / 2)], ratio[1], ratio[NR], base / NR, ours / NR
 		}'
 }

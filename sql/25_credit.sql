@@ -165,6 +165,67 @@ CREATE FUNCTION keyvault._credits_left(balance keyvault.credit_balances) RETURNS
 COMMENT ON FUNCTION keyvault._credits_left(keyvault.credit_balances) IS
     'Credits neither used nor held, negative after a downgrade; NULL is unlimited.';
 
+CREATE FUNCTION keyvault._split_balance(user_id text, amount numeric) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+#variable_conflict use_variable
+DECLARE
+    slots constant integer := 32;
+    worthwhile constant integer := 64;
+    balance keyvault.credit_balances;
+    part numeric(18,6);
+BEGIN
+    SELECT * INTO balance FROM keyvault.credit_balances b WHERE b.user_id = $1 AND b.slot = 0 FOR NO KEY UPDATE;
+    -- No more than what can go before the next threshold, and a quarter stays with slot 0, for holds.
+    part := trunc(least(keyvault._credits_left(balance), balance.notice_at - balance.credits_used) * 0.75 / slots, 6);
+    IF balance.credits_lent > 0 OR part < worthwhile * amount THEN
+        RETURN;
+    END IF;
+    UPDATE keyvault.credit_balances b
+       SET credits_lent = coalesce(part * slots, 1), notice_at = b.notice_at - part * slots
+     WHERE b.user_id = $1 AND b.slot = 0;
+    INSERT INTO keyvault.credit_balances (user_id, slot, monthly_credits, period_anchor, period_start, period_end, due_at)
+    SELECT $1, s, part, balance.period_anchor, balance.period_start, balance.period_end, balance.due_at
+      FROM generate_series(1, slots) s;
+END $$;
+COMMENT ON FUNCTION keyvault._split_balance(text, numeric) IS
+    'Lends parts of what a user has left to further slots, so that sessions that debit it at once need not wait for each other''s commit; nothing where the parts would be small beside amount.';
+
+CREATE FUNCTION keyvault._debit_split(user_id text, amount numeric) RETURNS boolean
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    balance keyvault.credit_balances;
+    used numeric;
+    parts numeric;
+BEGIN
+    SELECT * INTO balance FROM keyvault.credit_balances b WHERE b.user_id = $1 AND b.slot = 0 FOR NO KEY UPDATE;
+    IF NOT FOUND OR balance.credits_lent = 0 OR balance.due_at <= now() THEN
+        RETURN false;
+    END IF;
+    WITH free AS MATERIALIZED (
+        SELECT b.slot FROM keyvault.credit_balances b WHERE b.user_id = $1 AND b.slot > 0 ORDER BY b.slot FOR UPDATE SKIP LOCKED
+    ), gathered AS (
+        DELETE FROM keyvault.credit_balances b USING free f WHERE b.user_id = $1 AND b.slot = f.slot
+        RETURNING b.credits_used, b.monthly_credits)
+    SELECT coalesce(sum(g.credits_used), 0), coalesce(sum(g.monthly_credits), 0) INTO used, parts FROM gathered g;
+    balance.credits_used := balance.credits_used + used;
+    balance.notice_at := balance.notice_at + parts;
+    PERFORM FROM keyvault.credit_balances b WHERE b.user_id = $1 AND b.slot > 0;
+    balance.credits_lent := CASE WHEN FOUND THEN balance.credits_lent - parts ELSE 0 END;
+    IF keyvault._credits_left(balance) < amount OR balance.credits_used + amount > balance.notice_at THEN
+        amount := NULL;
+    END IF;
+    UPDATE keyvault.credit_balances b
+       SET credits_used = balance.credits_used + coalesce(amount, 0), credits_lent = balance.credits_lent, notice_at = balance.notice_at
+     WHERE b.user_id = $1 AND b.slot = 0;
+    RETURN amount IS NOT NULL;
+END $$;
+COMMENT ON FUNCTION keyvault._debit_split(text, numeric) IS
+    'Debits slot 0 of a split balance, with the room of the further slots that nobody is changing, which end; false where that does not do. Waits for no further slot, as whoever changes one may be waiting for slot 0.';
+
 -- Everything but the fast debit reads and changes a balance through _lock_balance, and so through _gather_slots.
 
 CREATE FUNCTION keyvault._gather_slots(user_id text) RETURNS keyvault.credit_balances
@@ -183,7 +244,8 @@ BEGIN
         ), gathered AS (
             DELETE FROM keyvault.credit_balances b USING slots s WHERE b.user_id = $1 AND b.slot = s.slot RETURNING b.credits_used)
         SELECT coalesce(sum(g.credits_used), 0) INTO used FROM gathered g;
-        UPDATE keyvault.credit_balances b SET credits_used = b.credits_used + used, credits_lent = 0
+        UPDATE keyvault.credit_balances b
+           SET credits_used = b.credits_used + used, notice_at = b.notice_at + b.credits_lent, credits_lent = 0
          WHERE b.user_id = $1 AND b.slot = 0
         RETURNING b.* INTO balance;
     END IF;
@@ -362,8 +424,12 @@ CREATE FUNCTION keyvault._debit_slow(user_id text, amount numeric, may_create bo
     SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
-    balance keyvault.credit_balances := keyvault._require_credits($1, amount, may_create);
+    balance keyvault.credit_balances;
 BEGIN
+    IF keyvault._debit_split($1, amount) THEN
+        RETURN;
+    END IF;
+    balance := keyvault._require_credits($1, amount, may_create);
     IF balance.notice_at < 0 THEN
         PERFORM keyvault._charge_budgets($1);
     END IF;

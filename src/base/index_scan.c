@@ -43,6 +43,8 @@ equality_of(Oid type)
 			return F_UUID_EQ;
 		case BYTEAOID:
 			return F_BYTEAEQ;
+		case INT2OID:
+			return F_INT2EQ;
 		default:
 			return F_TEXTEQ;
 	}
@@ -50,7 +52,7 @@ equality_of(Oid type)
 
 /*
  * Begin a scan for rows whose leading index columns equal keys, each of type text,
- * uuid or bytea, under the active snapshot.
+ * uuid, bytea or int2, under the active snapshot.
  */
 void
 kv_index_scan_begin(KvIndexScan *scan, const char *table, const char *index,

@@ -53,4 +53,17 @@
 #define KV_EXECUTOR_RUN_ARGUMENTS query, direction, count, execute_once
 #endif
 
+/* 16 says which indexes an update has to enter: all, or those that summarize. */
+#if PG_VERSION_NUM >= 160000
+#define KvUpdateIndexes TU_UpdateIndexes
+#define KvMustUpdateIndexes(update_indexes) ((update_indexes) != TU_None)
+#define KvExecInsertIndexTuples(relation, row, estate, update_indexes) \
+	ExecInsertIndexTuples(relation, row, estate, true, false, NULL, NIL, (update_indexes) == TU_Summarizing)
+#else
+#define KvUpdateIndexes bool
+#define KvMustUpdateIndexes(update_indexes) (update_indexes)
+#define KvExecInsertIndexTuples(relation, row, estate, update_indexes) \
+	ExecInsertIndexTuples(relation, row, estate, true, false, NULL, NIL)
+#endif
+
 #endif

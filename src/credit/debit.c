@@ -15,13 +15,15 @@
 
 #include "access/xact.h"
 #include "base/error.h"
-#include "base/index_scan.h"
 #include "base/owner_spi.h"
 #include "base/pg_version.h"
 #include "base/settings.h"
 #include "catalog/pg_type.h"
 #include "commands/trigger.h"
+#include "common/hashfn.h"
 #include "common/int.h"
+#include "credit/amount.h"
+#include "credit/balance.h"
 #include "credit/owed_row.h"
 #include "credit/restored_usage.h"
 #include "credit/usage_tag.h"
@@ -40,15 +42,9 @@
 PG_FUNCTION_INFO_V1(keyvault_collect_debit);
 PG_FUNCTION_INFO_V1(keyvault_flush_debits);
 
-/* numeric(18,6) as a whole number of micro-credits fits in 64 bits. */
-#define MICRO_DIGITS 6
-
-/* So does a cost in USD, numeric(18,9), as nano-dollars. */
-#define NANO_DIGITS 9
-
 typedef struct Debit
 {
-	char		user_id[KV_USER_ID_MAX + 1];	/* hash key, zero-padded */
+	char		user_id[KV_USER_ID_MAX + 1];	/* hash key */
 	int			nest_level;						/* hash key: the subtransaction that owes it */
 	int64		micro_credits;
 } Debit;
@@ -107,21 +103,14 @@ raise_bad_value(int column, const char *what)
 			 errmsg("%s of a usage record must be %s", column_names[column], what)));
 }
 
-/* The amount as a whole number of 10^-digits, of at most 18 digits. Error: 23514 for a negative one or NaN. */
-static int64
-whole_amount(int column, Datum amount, int digits)
+/* See that an amount is a number, and zero or more. Error: 23514. */
+static void
+check_amount(int column, Numeric amount)
 {
-	Numeric		value = DatumGetNumeric(amount);
-	Numeric		scale = int64_to_numeric(digits == MICRO_DIGITS ? INT64CONST(1000000) : INT64CONST(1000000000));
-	int64		whole;
-
-	if (numeric_is_nan(value) || numeric_is_inf(value))
+	if (numeric_is_nan(amount) || numeric_is_inf(amount))
 		raise_bad_value(column, "a number");
-	whole = DatumGetInt64(DirectFunctionCall1(numeric_int8,
-											  DirectFunctionCall2(numeric_mul, amount, NumericGetDatum(scale))));
-	if (whole < 0)
+	if (!kv_amount_at_most(kv_amount_zero(), amount))
 		raise_bad_value(column, "zero or more");
-	return whole;
 }
 
 /* What the table's CHECKs would say. */
@@ -142,8 +131,22 @@ check_row(const Datum *values, const bool *isnull)
 	for (int i = INPUT_TOKENS; i <= TOKENS; i++)
 		if (!isnull[i] && DatumGetInt64(values[i]) < 0)
 			raise_bad_value(i, "zero or more");
-	(void) whole_amount(CREDITS_OVERRUN, values[CREDITS_OVERRUN], MICRO_DIGITS);
-	(void) whole_amount(COST_USD, values[COST_USD], NANO_DIGITS);
+	for (int i = CREDITS; i <= COST_USD; i++)
+		check_amount(i, DatumGetNumeric(values[i]));
+}
+
+/* Of the hash key: most of it is seldom used. */
+static uint32
+hash_debit(const void *key, Size size)
+{
+	return hash_bytes((const unsigned char *) ((const Debit *) key)->user_id, strlen(((const Debit *) key)->user_id));
+}
+
+static int
+match_debits(const void *a, const void *b, Size size)
+{
+	return ((const Debit *) a)->nest_level != ((const Debit *) b)->nest_level ||
+		strcmp(((const Debit *) a)->user_id, ((const Debit *) b)->user_id) != 0;
 }
 
 /* Add to what a user owes at a level. */
@@ -155,9 +158,12 @@ add_debit(const Debit *key, int64 micro_credits)
 
 	if (owed == NULL)
 	{
-		HASHCTL		control = {.keysize = DEBIT_KEY_SIZE,.entrysize = sizeof(Debit),.hcxt = TopTransactionContext};
+		HASHCTL		control = {
+			.keysize = DEBIT_KEY_SIZE,.entrysize = sizeof(Debit),.hcxt = TopTransactionContext,
+			.hash = hash_debit,.match = match_debits
+		};
 
-		owed = hash_create("keyvault debits", 64, &control, HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
+		owed = hash_create("keyvault debits", 64, &control, HASH_ELEM | HASH_FUNCTION | HASH_COMPARE | HASH_CONTEXT);
 	}
 	debit = hash_search(owed, key, HASH_ENTER, &found);
 	if (!found)
@@ -177,8 +183,8 @@ owe(const char *user_id, Size length, int64 micro_credits)
 
 	if (first_owed.nest_level == 0)
 	{
-		memset(&first_owed, 0, sizeof(first_owed));
 		memcpy(first_owed.user_id, user_id, length);
+		first_owed.user_id[length] = '\0';
 		first_owed.nest_level = level;
 		first_owed.micro_credits = micro_credits;
 		return;
@@ -190,8 +196,8 @@ owe(const char *user_id, Size length, int64 micro_credits)
 		first_owed.micro_credits = micro_credits;
 		return;
 	}
-	memset(&key, 0, sizeof(key));
 	memcpy(key.user_id, user_id, length);
+	key.user_id[length] = '\0';
 	key.nest_level = level;
 	add_debit(&key, micro_credits);
 }
@@ -214,7 +220,6 @@ keyvault_collect_debit(PG_FUNCTION_ARGS)
 	TriggerData *trigger = (TriggerData *) fcinfo->context;
 	Datum		values[COLUMNS];
 	bool		isnull[COLUMNS];
-	int64		micro_credits;
 	text	   *user_id;
 
 	check_trigger(fcinfo, true);
@@ -226,15 +231,14 @@ keyvault_collect_debit(PG_FUNCTION_ARGS)
 	}
 	find_columns(trigger->tg_relation);
 	for (int i = 0; i < COLUMNS; i++)
-		values[i] = heap_getattr(trigger->tg_trigtuple, columns[i], RelationGetDescr(trigger->tg_relation), &isnull[i]);
+		values[i] = slot_getattr(trigger->tg_trigslot, columns[i], &isnull[i]);
 	check_row(values, isnull);
-	micro_credits = whole_amount(CREDITS, values[CREDITS], MICRO_DIGITS);
 	user_id = DatumGetTextPP(values[USER_ID]);
 	if (VARSIZE_ANY_EXHDR(user_id) == 0 || VARSIZE_ANY_EXHDR(user_id) > KV_USER_ID_MAX)
 		(void) kv_identity_check_user_id(user_id);
 	if (DatumGetInt64(values[DEBIT_TAG]) == kv_usage_tag())
 	{
-		owe(VARDATA_ANY(user_id), VARSIZE_ANY_EXHDR(user_id), micro_credits);
+		owe(VARDATA_ANY(user_id), VARSIZE_ANY_EXHDR(user_id), kv_amount_in_micro(DatumGetNumeric(values[CREDITS])));
 		kv_owed_row_add(RelationGetRelid(trigger->tg_relation), &trigger->tg_trigtuple->t_self,
 						VARDATA_ANY(user_id), VARSIZE_ANY_EXHDR(user_id));
 	}
@@ -243,53 +247,58 @@ keyvault_collect_debit(PG_FUNCTION_ARGS)
 	return PointerGetDatum(NULL);
 }
 
-/* Whether a debit of nothing has nothing to do: there is a balance, and no budget to look at. */
-static bool
-is_free_to_use(const char *user_id)
-{
-	KvIndexScan scan;
-	Datum		key = CStringGetTextDatum(user_id);
-	Oid			type = TEXTOID;
-	Datum		notice_at;
-	bool		isnull;
-	bool		found;
+/*
+ * A balance that this process found others debiting so often within a second is split, so
+ * that they need not wait for each other's commit.
+ */
+#define COLLISIONS_TO_SPLIT 4
+#define COLLISION_WINDOW_MS 1000
 
-	kv_owner_fresh_snapshot_begin();
-	kv_index_scan_begin(&scan, "credit_balances", "credit_balances_pkey", 1, &key, &type);
-	found = kv_index_scan_next(&scan, ForwardScanDirection);
-	if (found)
+/* Note that others debit the same user; true when that has become the rule. */
+static bool
+is_hot(const char *user_id)
+{
+	static char last_user[KV_USER_ID_MAX + 1];
+	static int	collisions = 0;
+	static TimestampTz since;
+	TimestampTz now = GetCurrentTimestamp();
+
+	if (strcmp(last_user, user_id) != 0 || TimestampDifferenceExceeds(since, now, COLLISION_WINDOW_MS))
 	{
-		notice_at = slot_getattr(scan.slot, SPI_fnumber(RelationGetDescr(scan.table), "notice_at"), &isnull);
-		found = isnull || DatumGetInt32(DirectFunctionCall2(numeric_cmp, notice_at, NumericGetDatum(int64_to_numeric(0)))) >= 0;
+		strlcpy(last_user, user_id, sizeof(last_user));
+		since = now;
+		collisions = 0;
 	}
-	kv_index_scan_end(&scan);
-	kv_owner_fresh_snapshot_end();
-	return found;
+	return ++collisions >= COLLISIONS_TO_SPLIT;
 }
 
-/* Debit one user: a single conditional update, or the slow way when that finds no room. */
 static void
-debit_user(const Debit *debit, Oid caller)
+run_for_user(KvStatement *statement, const Debit *debit, bool may_create)
 {
-	static KvStatement fast = {
-		"UPDATE keyvault.credit_balances SET credits_used = credits_used OPERATOR(pg_catalog.+) $2"
-		" WHERE user_id OPERATOR(pg_catalog.=) $1 AND slot OPERATOR(pg_catalog.=) 0::pg_catalog.int2"
-		" AND due_at OPERATOR(pg_catalog.>) pg_catalog.now() AND (monthly_credits IS NULL"
-		" OR ((credits_used OPERATOR(pg_catalog.+) credits_held) OPERATOR(pg_catalog.+) $2)"
-		" OPERATOR(pg_catalog.<=) ((monthly_credits OPERATOR(pg_catalog.+) extra_credits) OPERATOR(pg_catalog.-) credits_lent))"
-		" AND (notice_at IS NULL OR (credits_used OPERATOR(pg_catalog.+) $2) OPERATOR(pg_catalog.<=) notice_at)",
-		2, {TEXTOID, NUMERICOID}
-	};
-	static KvStatement slow = {"SELECT keyvault._debit_slow($1, $2, $3)", 3, {TEXTOID, NUMERICOID, BOOLOID}};
+	KvOwnerScope scope;
 	Datum		values[3] = {
 		CStringGetTextDatum(debit->user_id),
-		NumericGetDatum(int64_div_fast_to_numeric(debit->micro_credits, MICRO_DIGITS)),
+		NumericGetDatum(kv_amount_of_micro(debit->micro_credits)),
+		BoolGetDatum(may_create)
 	};
 
-	if (debit->micro_credits == 0 ? is_free_to_use(debit->user_id) : kv_statement_execute(&fast, values, NULL) == 1)
-		return;
-	values[2] = BoolGetDatum(kv_identity_role_acts_for_any_user(caller));
-	kv_statement_execute(&slow, values, NULL);
+	kv_owner_begin_qualified(&scope);
+	kv_statement_execute(statement, values, NULL);
+	kv_owner_end(&scope);
+}
+
+/* Debit one user: at once where there plainly is room, else the slow way. */
+static void
+debit_user(const Debit *debit)
+{
+	static KvStatement slow = {"SELECT keyvault._debit_slow($1, $2, $3)", 3, {TEXTOID, NUMERICOID, BOOLOID}};
+	static KvStatement split = {"SELECT keyvault._split_balance($1, $2)", 2, {TEXTOID, NUMERICOID}};
+	KvBalanceResult result = kv_balance_debit(debit->user_id, debit->micro_credits);
+
+	if (result == KV_BALANCE_DEBITED_IN_TURN && is_hot(debit->user_id))
+		run_for_user(&split, debit, false);
+	if (result == KV_BALANCE_UNDECIDED)
+		run_for_user(&slow, debit, kv_identity_role_acts_for_any_user(GetUserId()));
 }
 
 static int
@@ -334,7 +343,6 @@ take_debits(int level, bool above, Debit **taken)
 static void
 flush_debits(void)
 {
-	KvOwnerScope scope;
 	int			level = GetCurrentTransactionNestLevel();
 	Debit	   *debits;
 	int			n;
@@ -345,13 +353,11 @@ flush_debits(void)
 	if (n > 1)
 		qsort(debits, n, sizeof(Debit), compare_debits);
 	kv_owed_row_flush_begin(level);
-	kv_owner_begin_qualified(&scope);
 	for (int i = 0; i < n; i++)
 	{
 		CHECK_FOR_INTERRUPTS();
-		debit_user(&debits[i], scope.caller);
+		debit_user(&debits[i]);
 	}
-	kv_owner_end(&scope);
 	kv_owed_row_flush_end(level);
 	pfree(debits);
 }

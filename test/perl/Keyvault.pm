@@ -206,7 +206,7 @@ sub balances_are_sums
 	local $Test::Builder::Level = $Test::Builder::Level + 1;
 	return is($node->safe_psql($database // 'postgres', <<'SQL'), '', $name);
 SELECT b.user_id, b.credits_used, u.credits, b.credits_held, h.amount
-  FROM keyvault.credit_balances b,
+  FROM (SELECT user_id, sum(credits_used) AS credits_used, sum(credits_held) AS credits_held FROM keyvault.credit_balances GROUP BY user_id) b,
        LATERAL (SELECT coalesce(sum(r.credits), 0) AS credits FROM keyvault.usage_records r WHERE r.user_id = b.user_id) u,
        LATERAL (SELECT coalesce(sum(o.amount), 0) AS amount FROM keyvault.credit_holds o WHERE o.user_id = b.user_id) h
  WHERE b.credits_used <> u.credits OR b.credits_held <> h.amount

@@ -29,8 +29,8 @@ sub spent
 {
 	my ($user) = @_;
 	return sql(<<"SQL");
-SELECT b.credits_used::float8 || ' used, ' || count(u.id) || ' rows'
-  FROM keyvault.credit_balances b LEFT JOIN keyvault.usage_records u USING (user_id) WHERE b.user_id = '$user' GROUP BY b.credits_used
+SELECT sum(b.credits_used)::float8 || ' used, ' || (SELECT count(*) FROM keyvault.usage_records u WHERE u.user_id = '$user') || ' rows'
+  FROM keyvault.credit_balances b WHERE b.user_id = '$user'
 SQL
 }
 
@@ -42,6 +42,28 @@ SQL
 	is(() = $err =~ /credit limit reached for user "limited"/g, 16, 'each of 16 clients is refused in the end');
 	unlike($err, qr/ERROR:  (?!credit limit reached)/, 'for no other reason');
 	is(spent('limited'), '1000 used, 1000 rows', 'of 1000 credits, 1000 are used');
+}
+
+# A user whom many debit at once is given further slots, and spends no more for it.
+{
+	sql("INSERT INTO keyvault.plans (plan, monthly_credits) VALUES ('busy', 20000)");
+	sql("SELECT keyvault.upsert_user('busy', plan => 'busy')");
+	my ($code, $out, $err) = run_pgbench($node, [ '-c', '16', '-j', '2', '-t', '100' ],
+		[ 1, "INSERT INTO keyvault.usage_records (user_id, type, credits) VALUES ('busy', 'race', 1);\n" ]);
+	is($code, 0, 'with room for all, all succeed') or diag($err);
+	cmp_ok(sql("SELECT count(*) FROM keyvault.credit_balances WHERE user_id = 'busy'"), '>', 1, 'the balance was split');
+	is(sql("SELECT sum(credits_used)::float8 FROM keyvault.credit_balances WHERE user_id = 'busy'"), '1600', 'nothing is lost');
+	($code, $out, $err) = run_pgbench($node, [ '-c', '16', '-j', '2', '-t', '1000' ], [ 1, <<'SCRIPT' ]);
+\set credits random(10, 30)
+INSERT INTO keyvault.usage_records (user_id, type, credits) VALUES ('busy', 'race', :credits);
+SCRIPT
+	is(() = $err =~ /credit limit reached for user "busy"/g, 16, 'each of 16 clients is refused in the end');
+	unlike($err, qr/ERROR:  (?!credit limit reached)/, 'for no other reason');
+	is(sql(<<'SQL'), 't|t', 'the balance is the sum of the rows, and within the limit');
+SELECT sum(credits_used) = (SELECT sum(credits) FROM keyvault.usage_records WHERE user_id = 'busy'), sum(credits_used) BETWEEN 19971 AND 20000
+  FROM keyvault.credit_balances WHERE user_id = 'busy'
+SQL
+	no_deadlock('one busy user');
 }
 
 # The same with other errors behind the debit, in the statement's transaction and in a subtransaction of it.
@@ -108,7 +130,7 @@ SELECT r.id, r.status, count(u.id)
   FROM keyvault.requests r LEFT JOIN keyvault.usage_records u ON u.user_id = r.user_id AND u.request_id = r.id
  GROUP BY r.id, r.status HAVING count(u.id) <> (r.status = 'done')::integer
 SQL
-	cmp_ok(sql("SELECT min(credits_used) FROM keyvault.credit_balances WHERE user_id LIKE 'mixed%'"), '>', 0, 'every user has used some');
+	cmp_ok(sql("SELECT min(credits_used) FROM keyvault.credit_balances WHERE user_id LIKE 'mixed%' AND slot = 0"), '>', 0, 'every user has used some');
 	is(sql('SELECT count(*) FROM keyvault.credit_holds'), '0', 'no hold is left');
 	balances_are_sums($node, 'all balances are sums');
 	no_deadlock('all at once');
