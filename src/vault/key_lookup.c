@@ -69,7 +69,7 @@ open_row(KvIndexScan *scan, const char *user_id, const char *provider)
 	bool		isnull;
 	pg_uuid_t  *id = DatumGetUUIDP(kv_index_scan_value(scan, API_KEYS_ID, &isnull));
 
-	return kv_key_row_open(user_id, provider, id, is_reference(scan), DatumGetByteaPP(kv_index_scan_value(scan, API_KEYS_CIPHERTEXT, &isnull)));
+	return kv_key_row_open(user_id, provider, id, DatumGetByteaPP(kv_index_scan_value(scan, API_KEYS_CIPHERTEXT, &isnull)));
 }
 
 static void

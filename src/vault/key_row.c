@@ -142,9 +142,9 @@ write_box(const KvNewKey *key, const pg_uuid_t *id)
 }
 
 static bytea *
-seal_record(const KvDataKey *data_key, const pg_uuid_t *id, const char *provider, bool is_reference, const char *secret)
+seal_record(const KvDataKey *data_key, const pg_uuid_t *id, const char *provider, const char *secret)
 {
-	KvSecretName name = {.id = *id,.provider = provider,.purpose = is_reference ? KV_REFERENCE_PURPOSE : KV_API_KEY_PURPOSE};
+	KvSecretName name = {.id = *id,.provider = provider,.purpose = KV_API_KEY_PURPOSE};
 
 	return kv_envelope_seal(data_key, &name, secret, strlen(secret));
 }
@@ -170,7 +170,7 @@ kv_key_row_write(const KvNewKey *key)
 	data_key = kv_data_key_ensure(key->user_id);
 	id = *id_for(key);
 	fingerprint = kv_key_row_fingerprint(data_key, key->secret);
-	write_row(key, &id, seal_record(data_key, &id, key->provider, key->is_reference, key->secret), fingerprint);
+	write_row(key, &id, seal_record(data_key, &id, key->provider, key->secret), fingerprint);
 	notice_duplicate(key, &id, fingerprint);
 	return id;
 }
@@ -180,9 +180,9 @@ kv_key_row_write(const KvNewKey *key)
  * not open. Errors: KV004, KV005.
  */
 char *
-kv_key_row_open(const char *user_id, const char *provider, const pg_uuid_t *id, bool is_reference, const bytea *stored)
+kv_key_row_open(const char *user_id, const char *provider, const pg_uuid_t *id, const bytea *stored)
 {
-	KvSecretName name = {.id = *id,.provider = provider,.purpose = is_reference ? KV_REFERENCE_PURPOSE : KV_API_KEY_PURPOSE};
+	KvSecretName name = {.id = *id,.provider = provider,.purpose = KV_API_KEY_PURPOSE};
 	Size		length;
 	char	   *secret;
 
@@ -207,7 +207,7 @@ kv_key_row_convert(const char *user_id, const pg_uuid_t *id, const char *provide
 
 	values[0] = CStringGetTextDatum(user_id);
 	values[1] = UUIDPGetDatum(id);
-	values[2] = PointerGetDatum(seal_record(data_key, id, provider, is_reference, secret));
+	values[2] = PointerGetDatum(seal_record(data_key, id, provider, secret));
 	values[3] = CStringGetTextDatum(hint_of(secret, is_reference));
 	values[4] = PointerGetDatum(kv_key_row_fingerprint(data_key, secret));
 	kv_statement_execute(&update, values, NULL);

@@ -13,8 +13,7 @@
 #include "utils/uuid.h"
 
 /* What a record in api_keys is bound to, besides user, row and provider. */
-#define KV_API_KEY_PURPOSE		"api_key"
-#define KV_REFERENCE_PURPOSE	"reference"
+#define KV_API_KEY_PURPOSE	"api_key"
 
 /* A key to be kept. The platform's has the user KV_PLATFORM_USER. */
 typedef struct KvNewKey
@@ -31,7 +30,7 @@ typedef struct KvNewKey
 } KvNewKey;
 
 extern pg_uuid_t kv_key_row_write(const KvNewKey *key);
-extern char *kv_key_row_open(const char *user_id, const char *provider, const pg_uuid_t *id, bool is_reference, const bytea *stored);
+extern char *kv_key_row_open(const char *user_id, const char *provider, const pg_uuid_t *id, const bytea *stored);
 extern void kv_key_row_convert(const char *user_id, const pg_uuid_t *id, const char *provider, bool is_reference, const char *secret);
 extern bytea *kv_key_row_fingerprint(const KvDataKey *data_key, const char *secret);
 

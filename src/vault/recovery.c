@@ -96,7 +96,7 @@ append_key(SecretText *plain, HeapTuple row, TupleDesc tupdesc)
 	char	   *user_id = TextDatumGetCString(SPI_getbinval(row, tupdesc, 1, &isnull));
 	char	   *provider = TextDatumGetCString(SPI_getbinval(row, tupdesc, 2, &isnull));
 	pg_uuid_t  *id = DatumGetUUIDP(SPI_getbinval(row, tupdesc, 4, &isnull));
-	char	   *secret = kv_key_row_open(user_id, provider, id, false, DatumGetByteaPP(SPI_getbinval(row, tupdesc, 5, &isnull)));
+	char	   *secret = kv_key_row_open(user_id, provider, id, DatumGetByteaPP(SPI_getbinval(row, tupdesc, 5, &isnull)));
 
 	if (secret == NULL)
 	{

@@ -69,8 +69,6 @@ is($node->safe_psql('postgres', "SELECT keyvault.user_api_keys('r')"), '{}', 'an
 ends_as($node, $node->safe_psql('postgres', "SELECT keyvault.test_api_key('openai', user_id => 'r')"), 'done', 'it can be tested');
 $node->safe_psql('postgres', "SELECT keyvault.store_api_key('exa', 'vault:secret/team/openai#api_key', user_id => 'r')");
 is($node->safe_psql('postgres', "SELECT keyvault.user_api_keys('r')"), '{"exa": "vault:secret/team/openai#api_key"}', 'a key that looks like a reference is a key');
-$node->safe_psql('postgres', "UPDATE keyvault.api_keys SET source = 'reference' WHERE user_id = 'r' AND provider = 'exa'");
-ends_as($node, $node->safe_psql('postgres', "SELECT keyvault.request('exa', '{}', user_id => 'r')"), 'failed', 'and nobody makes it one');
 
 # The key is replaced where it is kept: a refused one is fetched anew.
 put_secret('secret/data/rotated', api_key => 'sk-invalid-soon-0123456789');
