@@ -220,6 +220,16 @@ my @roads = (
 	[ 'CALL, api_key by position', [ q~CALL "keyvault"."call" ('exa', '{"query": "q"}', NULL, NULL, NULL, 'u', 'auto', '<key>')~ ] ],
 	[ 'a platform key', [ q~SELECT keyvault.store_platform_key('copilotkit', '<key>')~ ] ],
 
+	[ 'a batch', [ q~SELECT count(*) FROM keyvault.store_api_keys('{"exa": "<key>", "copilotkit": "<key>"}', 'u')~ ] ],
+	[ 'a bind parameter of a batch', sub {
+		bind_key('extended', q~SELECT count(*) FROM keyvault.store_api_keys(jsonb_build_object('exa', :key::text), 'u')~) } ],
+	[ 'a malformed key in a batch', [ q~SELECT keyvault.store_api_keys('{"exa": "<key> x"}', 'u')~ ], error => qr/malformed/ ],
+	[ 'a batch the wrong way round', [ q~SELECT keyvault.store_api_keys('{"<key>": "exa"}', 'u')~ ], error => qr/provider/ ],
+	[ 'a batch that is no JSON', [ q~SELECT keyvault.store_api_keys('<key>', 'u')~ ], error => qr/json/ ],
+	[ 'restored keys',
+		[ q~SELECT keyvault.restore_api_keys('{"user_id": "u", "provider": "exa", "name": "restored", "key": "<key>"}')~ ] ],
+	[ 'restored keys with a bad line', [ q~SELECT keyvault.restore_api_keys('{"key": "<key>')~ ], error => qr/line 1/ ],
+
 	[ 'DO', [ q~DO $$BEGIN PERFORM <store>; END$$~ ] ],
 	[ 'DO, a dynamic statement',
 		[ q~DO $$BEGIN EXECUTE 'SELECT keyvault.store' || '_api' || '_key($1, $2, user_id => $3)' USING 'exa', '<key>', 'u'; END$$~ ] ],
