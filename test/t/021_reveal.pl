@@ -101,6 +101,11 @@ SKIP:
 }
 is((stat "/proc/$worker/mem")[4], 0, 'its files in /proc are root\'s');
 isnt((stat "/proc/$holder/mem")[4], 0, 'those of a session are not');
+SKIP:
+{
+	skip 'no memory may be locked here', 1 if slurp_file("/proc/$worker/limits") =~ /Max locked memory\s+0\s/;
+	like(slurp_file("/proc/$worker/status"), qr/^VmLck:\s+[1-9]/m, 'its keys stay out of swap');
+}
 like(slurp_file("/proc/$worker/limits"), qr/Max core file size\s+0\s+0/, 'it leaves no core file');
 
 # A session that opened keys has forgotten the master key: its memory is searched where that is possible.
