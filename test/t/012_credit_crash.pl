@@ -24,6 +24,7 @@ sub sql { return $node->safe_psql('postgres', @_) }
 # One operation of every kind; a refusal is an outcome like another. Few users, so that they meet, some of them busy enough to be split.
 sql(<<'SQL');
 CREATE TABLE done (op text, outcome text);
+UPDATE keyvault.plans SET monthly_credits = CASE plan WHEN 'free' THEN 50 ELSE 500 END WHERE plan IN ('free', 'pro');
 INSERT INTO keyvault.plans (plan, monthly_credits, overage) VALUES ('postpaid', 300, 'report');
 SELECT keyvault.upsert_user('u' || i) FROM generate_series(1, 6) i;
 SELECT keyvault.set_budget('u1', 5000), keyvault.set_budget('u2', 100, 'day', scope => 'model', target => 'small');
