@@ -74,12 +74,17 @@ CREATE TABLE keyvault.users (
     stripe_current_period_end timestamptz,
     created_at timestamptz NOT NULL DEFAULT now(),
     updated_at timestamptz NOT NULL DEFAULT now(),
-    monthly_credits numeric(18,6) CHECK (monthly_credits >= 0 AND monthly_credits < 'Infinity')
+    monthly_credits numeric(18,6) CHECK (monthly_credits >= 0 AND monthly_credits < 'Infinity'),
+    status_reason text,
+    erased_at  timestamptz,
+    erased_master_key integer
 );
 COMMENT ON TABLE keyvault.users IS 'Who owns keys and credits: a person or an organization, named by the application.';
 COMMENT ON COLUMN keyvault.users.user_id IS 'The application''s own name for the user: 1 to 255 bytes, never changed.';
-COMMENT ON COLUMN keyvault.users.status IS 'active; suspended: no calls; erased: keys destroyed.';
+COMMENT ON COLUMN keyvault.users.status IS 'active; suspended: no calls and no new keys; erased: keys and personal data destroyed.';
 COMMENT ON COLUMN keyvault.users.monthly_credits IS 'Credits per period agreed with this user; NULL: the plan''s. Set by set_plan.';
+COMMENT ON COLUMN keyvault.users.status_reason IS 'Why the user was suspended or erased, as the caller said.';
+COMMENT ON COLUMN keyvault.users.erased_master_key IS 'The newest version of the master key that wrapped a data key of an erased user; NULL when there was none.';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.users', '');
 
 ALTER TABLE keyvault.users ENABLE ROW LEVEL SECURITY;
@@ -118,7 +123,12 @@ BEGIN
     INSERT INTO keyvault.users AS u (user_id, email, name, image)
     VALUES ($1, $2, $3, $4)
     ON CONFLICT (user_id) DO UPDATE
-       SET email = coalesce($2, u.email), name = coalesce($3, u.name), image = coalesce($4, u.image), updated_at = now();
+       SET email = coalesce($2, u.email), name = coalesce($3, u.name), image = coalesce($4, u.image), updated_at = now()
+     WHERE u.status <> 'erased';
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'user "%" is erased', $1
+            USING ERRCODE = 'KV007', HINT = 'What was erased does not come back; a new user needs another user_id.';
+    END IF;
     PERFORM keyvault._create_balance($1);
     IF $5 IS NOT NULL THEN
         PERFORM keyvault._set_plan($1, $5, NULL);
@@ -180,3 +190,74 @@ CREATE FUNCTION keyvault.set_plan(user_id text, plan text, monthly_credits numer
     AS 'MODULE_PATHNAME', 'keyvault_set_plan';
 COMMENT ON FUNCTION keyvault.set_plan(text, text, numeric) IS
     'Puts a user on a plan at once: its monthly credits, or those agreed with the user, count from now; what was used this period stays used, and what an earlier plan or a grant paid for stays paid. Errors: 42501, 22004, 22023 for an unknown user or plan or a bad amount.';
+
+CREATE FUNCTION keyvault._set_user_status(user_id text, status text, reason text) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+#variable_conflict use_column
+BEGIN
+    UPDATE keyvault.users u SET status = $2, status_reason = $3, updated_at = now()
+     WHERE u.user_id = $1 AND u.status <> 'erased';
+    IF FOUND THEN
+        RETURN;
+    END IF;
+    IF EXISTS (SELECT FROM keyvault.users u WHERE u.user_id = $1) THEN
+        RAISE EXCEPTION 'user "%" is erased', $1
+            USING ERRCODE = 'KV007', HINT = 'What was erased does not come back; a new user needs another user_id.';
+    END IF;
+    RAISE EXCEPTION 'user "%" does not exist', $1
+        USING ERRCODE = 'invalid_parameter_value', HINT = 'Create it with keyvault.upsert_user().';
+END $$;
+COMMENT ON FUNCTION keyvault._set_user_status(text, text, text) IS 'suspend_user and resume_user, after their caller was checked.';
+
+CREATE FUNCTION keyvault.suspend_user(user_id text, reason text) RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE
+    AS 'MODULE_PATHNAME', 'keyvault_suspend_user';
+COMMENT ON FUNCTION keyvault.suspend_user(text, text) IS
+    'Suspends a user: new requests, requests still in the queue and new keys are refused with KV007. Calls under way end; lookups, deletions and usage records go on. reason, which the user can read, is kept in users.status_reason. Errors: 42501, 22023 unknown user, 22004, KV007 erased.';
+
+CREATE FUNCTION keyvault.resume_user(user_id text) RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE
+    AS 'MODULE_PATHNAME', 'keyvault_resume_user';
+COMMENT ON FUNCTION keyvault.resume_user(text) IS
+    'Ends a suspension. Errors: 42501, 22023 unknown user, 22004, KV007 erased.';
+
+-- One place for all that is destroyed with a user: a part that adds a table of users' secrets or personal data adds it here.
+CREATE FUNCTION keyvault._erase_user(user_id text, reason text) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+#variable_conflict use_column
+BEGIN
+    -- Who stores a key holds the row shared: nothing is sealed behind this.
+    UPDATE keyvault.users u
+       SET status = 'erased', status_reason = $2, email = NULL, name = NULL, image = NULL, email_verified_at = NULL,
+           stripe_customer_id = NULL, stripe_subscription_id = NULL, stripe_price_id = NULL, stripe_current_period_end = NULL,
+           updated_at = now(), erased_at = coalesce(u.erased_at, now()),
+           erased_master_key = coalesce(u.erased_master_key, (
+               SELECT max(m.version) FROM keyvault.data_keys d JOIN keyvault.master_keys m ON m.kek_id = substr(d.wrapped, 9, 16)
+                WHERE d.user_id = $1))
+     WHERE u.user_id = $1;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'user "%" does not exist', $1
+            USING ERRCODE = 'invalid_parameter_value', HINT = 'Pass the user_id as it stands in keyvault.users.';
+    END IF;
+    DELETE FROM keyvault.data_keys d WHERE d.user_id = $1;
+    DELETE FROM keyvault.api_keys k WHERE k.user_id = $1;
+    DELETE FROM keyvault.sealed_boxes b WHERE b.user_id = $1;
+
+    PERFORM keyvault._cancel_request($1, r.id) FROM keyvault.requests r WHERE r.user_id = $1 AND r.status = 'queued';
+    -- Of calls under way the usage is recorded when they end, and the answer dropped.
+    UPDATE keyvault.requests r SET body = '{}', metadata = '{"erased": true}' WHERE r.user_id = $1 AND r.status = 'sent';
+    DELETE FROM keyvault.responses a WHERE a.user_id = $1;
+    DELETE FROM keyvault.requests r WHERE r.user_id = $1 AND r.status <> 'sent';
+    UPDATE keyvault.usage_records r SET metadata = '{}' WHERE r.user_id = $1 AND r.metadata <> '{}';
+END $$;
+COMMENT ON FUNCTION keyvault._erase_user(text, text) IS 'erase_user, after its caller was checked.';
+
+CREATE FUNCTION keyvault.erase_user(user_id text, reason text = NULL) RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE
+    AS 'MODULE_PATHNAME', 'keyvault_erase_user';
+COMMENT ON FUNCTION keyvault.erase_user(text, text) IS
+    'Destroys a user''s data keys, API keys, requests and answers, clears the personal fields of users and the metadata of usage records, and refuses the user from then on with KV007; usage, credits and the row of users stay. Nothing opens here any more once this is committed. Bytes of deleted rows, all of them encrypted or wrapped where they are keys, leave the disk with VACUUM and the recycling of WAL. Backups and WAL of before open with the master key of their time: for them the erasure is complete when that master key was retired, by rotation, and destroyed: see erasure_status. Errors: 42501, 22023 unknown user, 22004.';

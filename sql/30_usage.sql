@@ -95,11 +95,16 @@ CREATE FUNCTION keyvault._refuse_change() RETURNS trigger
     SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
+    IF TG_OP = 'UPDATE' THEN
+        IF NEW.metadata = '{}' AND to_jsonb(NEW) - 'metadata' = to_jsonb(OLD) - 'metadata' THEN
+            RETURN NEW;
+        END IF;
+    END IF;
     RAISE EXCEPTION 'usage records are append-only'
         USING ERRCODE = 'object_not_in_prerequisite_state',
               HINT = 'Correct a record with a further one; retire old months by detaching their partition.';
 END $$;
-COMMENT ON FUNCTION keyvault._refuse_change() IS 'Trigger that refuses UPDATE, DELETE and TRUNCATE of usage_records with 55000.';
+COMMENT ON FUNCTION keyvault._refuse_change() IS 'Trigger that refuses UPDATE, DELETE and TRUNCATE of usage_records with 55000; only metadata may be emptied, as erase_user does.';
 
 CREATE TRIGGER collect_debit AFTER INSERT ON keyvault.usage_records
     FOR EACH ROW EXECUTE FUNCTION keyvault._collect_debit();

@@ -217,7 +217,7 @@ BEGIN
     SELECT * INTO STRICT u FROM keyvault.users WHERE user_id = $1;
     IF u.status <> 'active' THEN
         RAISE EXCEPTION 'user "%" is %', $1, u.status
-            USING ERRCODE = 'KV007', HINT = 'A superuser changes keyvault.users.status.';
+            USING ERRCODE = 'KV007', HINT = 'keyvault.resume_user() ends a suspension; an erasure has no end.';
     END IF;
 
     IF $8 IS NOT NULL THEN
@@ -361,7 +361,8 @@ BEGIN
     END IF;
     INSERT INTO keyvault.responses (user_id, id, status, status_code, body, error, model, input_tokens, cached_tokens, output_tokens,
                                     cost_usd, credits, payer)
-    VALUES ($1, $2, $4, $5, $6, $7, coalesce($8, r.model), $9, $10, $11, cost, charged, r.payer);
+    VALUES ($1, $2, $4, $5, CASE WHEN r.metadata <> '{"erased": true}' THEN $6 END, $7, coalesce($8, r.model), $9, $10, $11, cost, charged,
+            r.payer);
     -- One write a minute tells enough about a busy key, and its row is not fought over.
     UPDATE keyvault.api_keys k
        SET last_used_at = now(), status = CASE WHEN $13 THEN 'failed' ELSE 'active' END

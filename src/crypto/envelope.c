@@ -98,6 +98,13 @@ kv_envelope_seal(const KvDataKey *data_key, const KvSecretName *name, const char
 	return record;
 }
 
+/* How long the secret in a record is, in bytes. */
+Size
+kv_envelope_secret_length(const bytea *record)
+{
+	return VARSIZE_ANY_EXHDR(record) - sizeof(RecordHeader) - KV_TAG_SIZE;
+}
+
 /* Copy a record's header, which need not be aligned; false when it is no record. */
 static bool
 read_header(const bytea *record, RecordHeader *header)

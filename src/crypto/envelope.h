@@ -19,6 +19,7 @@ typedef struct KvSecretName
 } KvSecretName;
 
 extern bytea *kv_envelope_seal(const KvDataKey *data_key, const KvSecretName *name, const char *secret, Size length);
+extern Size kv_envelope_secret_length(const bytea *record);
 extern char *kv_envelope_open(const char *user_id, const KvSecretName *name, const bytea *record);
 
 #endif

@@ -17,6 +17,7 @@
 #include "base/settings.h"
 #include "catalog/pg_type.h"
 #include "gateway/call.h"
+#include "identity/user.h"
 #include "mb/pg_wchar.h"
 #include "utils/builtins.h"
 #include "utils/jsonb.h"
@@ -70,7 +71,10 @@ open_development_key(const char *provider)
 	return key;
 }
 
-/* Open the key that a claimed request is to use; NULL, with call->reference set, when it is kept elsewhere. Errors: KV003, KV004, KV005. */
+/*
+ * Open the key that a claimed request is to use; NULL, with call->reference set, when it is
+ * kept elsewhere. Errors: KV003, KV004, KV005, KV007.
+ */
 static char *
 open_key(KvCall *call, HeapTuple row)
 {
@@ -80,6 +84,7 @@ open_key(KvCall *call, HeapTuple row)
 	Datum		call_key;
 	char	   *key;
 
+	kv_user_require_active(call->user_id);
 	if (!isnull)
 	{
 		bool		names_reference;

@@ -5,7 +5,10 @@
  */
 #include "postgres.h"
 
+#include "identity/user.h"
+
 #include "base/error.h"
+#include "base/index_scan.h"
 #include "base/owner_spi.h"
 #include "catalog/pg_type.h"
 #include "fmgr.h"
@@ -14,6 +17,57 @@
 
 PG_FUNCTION_INFO_V1(keyvault_upsert_user);
 PG_FUNCTION_INFO_V1(keyvault_set_plan);
+PG_FUNCTION_INFO_V1(keyvault_suspend_user);
+PG_FUNCTION_INFO_V1(keyvault_resume_user);
+PG_FUNCTION_INFO_V1(keyvault_erase_user);
+
+/* Column of keyvault.users. */
+#define USERS_STATUS	8
+
+static void
+raise_inactive(const char *user_id, const char *status)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_KV_USER_INACTIVE),
+			 errmsg("user \"%s\" is %s", user_id, status),
+			 strcmp(status, "suspended") == 0 ? errhint("keyvault.resume_user() ends a suspension.")
+			 : errhint("What was erased does not come back; a new user needs another user_id.")));
+}
+
+/* Error KV007 when a user is suspended or erased. One who does not exist passes. */
+void
+kv_user_require_active(const char *user_id)
+{
+	KvIndexScan scan;
+	Datum		key = CStringGetTextDatum(user_id);
+	Oid			type = TEXTOID;
+	char	   *status = NULL;
+	bool		isnull;
+
+	kv_index_scan_begin(&scan, "users", "users_pkey", 1, &key, &type);
+	if (kv_index_scan_next(&scan, ForwardScanDirection))
+		status = TextDatumGetCString(kv_index_scan_value(&scan, USERS_STATUS, &isnull));
+	kv_index_scan_end(&scan);
+	if (status && strcmp(status, "active") != 0)
+		raise_inactive(user_id, status);
+}
+
+/*
+ * Keep a user's status as it is until the transaction ends, so that nothing is sealed behind
+ * an erasure. Call between kv_owner_begin and kv_owner_end, before other rows of the user's
+ * are locked. Error: KV007 unless the user is active, if asked for.
+ */
+void
+kv_user_lock(const char *user_id, bool require_active)
+{
+	static KvStatement lock = {"SELECT status FROM keyvault.users WHERE user_id = $1 FOR SHARE", 1, {TEXTOID}};
+	Datum		value = CStringGetTextDatum(user_id);
+	bool		isnull;
+	Datum		status = kv_statement_value(&lock, &value, NULL, &isnull);
+
+	if (require_active && !isnull && strcmp(TextDatumGetCString(status), "active") != 0)
+		raise_inactive(user_id, TextDatumGetCString(status));
+}
 
 static void
 require_account_rights(void)
@@ -73,5 +127,54 @@ keyvault_set_plan(PG_FUNCTION_ARGS)
 	kv_owner_begin(&scope);
 	kv_statement_execute(&set_plan, values, PG_ARGISNULL(2) ? "  n" : NULL);
 	kv_owner_end(&scope);
+	PG_RETURN_VOID();
+}
+
+/* Run a statement about a user and a text, NULL or not, for a caller who may change users. */
+static void
+change_user(FunctionCallInfo fcinfo, KvStatement *change)
+{
+	Datum		values[2] = {PG_GETARG_DATUM(0)};
+	char		nulls[3] = "  ";
+	KvOwnerScope scope;
+
+	if (PG_ARGISNULL(0))
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("user_id must not be null")));
+	(void) kv_identity_check_user_id(PG_GETARG_TEXT_PP(0));
+	require_account_rights();
+	if (PG_NARGS() > 1 && !PG_ARGISNULL(1))
+		values[1] = PG_GETARG_DATUM(1);
+	else
+		nulls[1] = 'n';
+	kv_owner_begin(&scope);
+	kv_statement_execute(change, values, nulls);
+	kv_owner_end(&scope);
+}
+
+Datum
+keyvault_suspend_user(PG_FUNCTION_ARGS)
+{
+	static KvStatement suspend = {"SELECT keyvault._set_user_status($1, 'suspended', $2)", 2, {TEXTOID, TEXTOID}};
+
+	change_user(fcinfo, &suspend);
+	PG_RETURN_VOID();
+}
+
+Datum
+keyvault_resume_user(PG_FUNCTION_ARGS)
+{
+	static KvStatement resume = {"SELECT keyvault._set_user_status($1, 'active', $2)", 2, {TEXTOID, TEXTOID}};
+
+	change_user(fcinfo, &resume);
+	PG_RETURN_VOID();
+}
+
+Datum
+keyvault_erase_user(PG_FUNCTION_ARGS)
+{
+	static KvStatement erase = {"SELECT keyvault._erase_user($1, $2)", 2, {TEXTOID, TEXTOID}};
+
+	change_user(fcinfo, &erase);
 	PG_RETURN_VOID();
 }

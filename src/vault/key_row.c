@@ -19,6 +19,7 @@
 #include "crypto/reveal.h"
 #include "crypto/sealing_key.h"
 #include "crypto/vault_id.h"
+#include "identity/user.h"
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
 #include "vault/key_shape.h"
@@ -80,8 +81,10 @@ ensure_user(const char *user_id, bool may_create)
 	static KvStatement ensure = {"SELECT keyvault._ensure_user($1, $2)", 2, {TEXTOID, BOOLOID}};
 	Datum		values[2] = {CStringGetTextDatum(user_id), BoolGetDatum(may_create)};
 
-	if (*user_id)
-		kv_statement_execute(&ensure, values, NULL);
+	if (*user_id == '\0')
+		return;
+	kv_statement_execute(&ensure, values, NULL);
+	kv_user_lock(user_id, true);
 }
 
 /* A reference is no secret, and its own hint. */

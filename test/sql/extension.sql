@@ -54,7 +54,7 @@ SELECT c.oid::regclass FROM pg_class c JOIN pg_depend d ON d.objid = c.oid AND d
    AND c.oid NOT IN ('keyvault.usage_rollup'::regclass, 'keyvault.usage_daily'::regclass, 'keyvault.usage_late'::regclass);
 -- columns that C reads by their number
 SELECT attrelid::regclass, string_agg(attname, ' ' ORDER BY attnum) FROM pg_attribute
- WHERE attrelid IN ('keyvault.api_keys'::regclass, 'keyvault.data_keys'::regclass, 'keyvault.vault'::regclass) AND attnum > 0
+ WHERE attrelid IN ('keyvault.api_keys'::regclass, 'keyvault.data_keys'::regclass, 'keyvault.vault'::regclass, 'keyvault.users'::regclass) AND attnum > 0
  GROUP BY 1 ORDER BY 1;
 
 -- Seeds.
