@@ -51,6 +51,12 @@ function scrub(json, credential) {
   return json.includes(escaped) ? json.split(escaped).join('[credential]') : json;
 }
 
+/* Spell the credential with JSON escapes, as an encoder may that escapes more than it must. */
+function spell(json, credential) {
+  const escapes = [...credential].map((c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, '0')}`);
+  return json.split(JSON.stringify(credential).slice(1, -1)).join(escapes.join(''));
+}
+
 /* The first characters of a text, without half a surrogate pair at the end. */
 function beginning(text) {
   if (text.length <= ECHO_LENGTH) return text;
@@ -93,7 +99,7 @@ function textSuffix(directives, credential) {
   let suffix = '';
   if (directives.nul) suffix += ' nul:\u0000:nul';
   if (directives.badutf8) suffix += ` ${BAD_UTF8}`;
-  if (directives['echo-key']) suffix += ` ${credential ?? 'no credential'}`;
+  if (directives['echo-key'] || directives['escape-key']) suffix += ` ${credential ?? 'no credential'}`;
   return suffix;
 }
 
@@ -197,12 +203,16 @@ class Provider {
     const headers = vendor.requestIdHeader ? { [vendor.requestIdHeader]: requestId } : {};
     let directives = {};
 
+    const shown = (json) => {
+      if (directives['echo-key']) return json;
+      return directives['escape-key'] ? spell(json, received) : scrub(json, received);
+    };
     const finish = (status, answer) => {
       const json = JSON.stringify(answer);
       return {
         status,
         headers,
-        json: directives['echo-key'] ? json : scrub(json, received),
+        json: shown(json),
         directives,
       };
     };

@@ -257,6 +257,8 @@ test('an answer repeats the key only when told to', async () => {
     assert.ok(!(await call(`is ${KEY} my key?`)).text.includes(KEY), name);
     assert.ok((await call('[[mock: echo-key]]')).text.includes(KEY), name);
     assert.ok((await call('[[mock: echo-key status=401]]')).text.includes(KEY), name);
+    const escaped = await call('[[mock: escape-key]]');
+    assert.ok(!escaped.text.includes(KEY) && JSON.stringify(escaped.json()).includes(KEY), name);
   }
   assert.ok(!(await request('POST', `/run/${KEY}`, BEARER, {})).text.includes(KEY));
 });

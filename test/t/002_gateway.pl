@@ -172,6 +172,10 @@ my $echo = answer('openai', chat('[[mock: echo-key]]'));
 my $stored = $node->safe_psql('postgres', "SELECT body FROM keyvault.responses WHERE id = '$echo->{id}'");
 unlike($stored, qr/platform-key-of-openai/, 'an echoed key is not stored');
 like($stored, qr/\*{20}/, 'but overwritten');
+my $escaped = answer('openai', chat('[[mock: escape-key]]'));
+$stored = $node->safe_psql('postgres', "SELECT body FROM keyvault.responses WHERE id = '$escaped->{id}'");
+unlike($stored, qr/platform-key-of-openai/, 'nor is one that is spelled with JSON escapes');
+like($stored, qr/chatcmpl.*\*{20}/s, 'but overwritten in the answer');
 my $slow = answer('openai', chat('[[mock: hang]]'), timeout => "'300 ms'");
 is($slow->{status}, 'unknown', 'a call that timed out after it was sent is unknown');
 is($node->safe_psql('postgres', "SELECT count(*) FROM keyvault.credit_holds h JOIN keyvault.requests r ON r.hold_id = h.id WHERE r.id = '$slow->{id}'"),
@@ -186,7 +190,11 @@ foreach my $case (
 	[ "base_url = 'https://[::1]:$port', allowed_host = NULL", qr/private or loopback address/ ],
 	[ "base_url = 'https://[::ffff:10.0.0.1]', allowed_host = NULL", qr/private or loopback address/ ],
 	[ "base_url = 'https://169.254.169.254', allowed_host = NULL", qr/private or loopback address/ ],
-	[ "base_url = 'https://2130706433', allowed_host = NULL", qr/private or loopback address/ ])
+	[ "base_url = 'https://2130706433', allowed_host = NULL", qr/private or loopback address/ ],
+	# IPv4 inside IPv6 (NAT64, 6to4, compatible), link-local, unique local, documentation, Teredo
+	(map { [ "base_url = 'https://[$_]', allowed_host = NULL", qr/private or loopback address/ ] }
+		qw(64:ff9b::7f00:1 2002:a00:1::1 ::7f00:1 fe80::1 fd00::1 2001:db8::1 2001::1)),
+	[ "base_url = 'http://127.0.0.1:99999', allowed_host = NULL", qr/do not make a URL/ ])
 {
 	my ($change, $error) = @$case;
 	$node->safe_psql('postgres', "UPDATE keyvault.providers SET $change WHERE provider = 'mistral'");
