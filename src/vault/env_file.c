@@ -131,7 +131,7 @@ static void
 read_value(const KvEnvText *text, Size p, KvEnvAssignment *assignment)
 {
 	Size		quote = skip_space(text, p);
-	Size		closing;
+	Size		closing = 0;
 
 	assignment->escaped = quote < text->length && text->text[quote] == '"';
 	assignment->quoted = quote < text->length && is_quote(text->text[quote]) &&

@@ -97,6 +97,11 @@ my $foreign = '04' . '6b17d1f2e12c4247f8bce6e563a440f277037d812deb33a0f4a13945d8
 my ($lost) = formats([ 'makeBox', { public_key => $foreign, vault_id => $parameters->{vault_id}, user_id => 'b', provider => 'exa', secret => 'x' x 20 } ]);
 is(store($lost, 'b', 'exa'), 'KV005', 'a box for another key');
 
+# Sealed for another vault, though to this one's key.
+my ($other_vault) = formats([ 'makeBox', { public_key => unpack('H*', decode_base64($parameters->{public_key})),
+	vault_id => '01933333-3333-7333-8333-333333333333', user_id => 'b', provider => 'exa', secret => 'x' x 20 } ]);
+is(store($other_vault, 'b', 'exa'), 'KV005', 'a box for another vault');
+
 # Every byte counts.
 my ($fragile) = boxes([ 'm', 'exa', 'sealed-fragile-key' ]);
 is($node->safe_psql('postgres', <<"SQL"), 'KV005|' . length($fragile) / 2, 'every mutated byte is refused');
