@@ -77,10 +77,24 @@ ends_as($node, queue_request($node, 'rotated', 'with-the-old-one'), 'failed', 'a
 is($node->safe_psql('postgres', "SELECT status FROM keyvault.api_keys WHERE user_id = 'rotated'"), 'failed', 'is marked');
 put_secret('secret/data/rotated', api_key => 'sk-valid-now-0123456789');
 ends_as($node, queue_request($node, 'rotated', 'with-the-new-one'), 'done', 'the next call fetches it again');
-put_secret('secret/data/warm', api_key => 'sk-valid-first-0123456789');
-refer('warm', 'vault:secret/warm#api_key');
-ends_as($node, queue_request($node, 'warm', 'before-rotation'), 'done', 'a key is known');
-is(called_with('before-rotation'), 'sk-valid-first-0123456789', 'as it was');
+
+# A key that was fetched for an earlier call, and has been replaced since: the call itself fetches it anew.
+put_secret('secret/data/warm', api_key => 'sk-invalid-by-now-0123456789');
+$node->safe_psql('postgres', "UPDATE keyvault.providers SET test_path = '/__log' WHERE provider = 'exa'");
+$node->safe_psql('postgres', "SELECT keyvault.store_api_key_reference(p, 'vault:secret/warm#api_key', user_id => 'warm') FROM unnest('{exa,openai}'::text[]) p");
+ends_as($node, $node->safe_psql('postgres', "SELECT keyvault.test_api_key('exa', user_id => 'warm')"), 'done', 'a key is known');
+put_secret('secret/data/warm', api_key => 'sk-valid-by-now-0123456789');
+my $again = queue_request($node, 'warm', 'after-rotation');
+ends_as($node, $again, 'done', 'a call with the known key is not lost');
+is(called_with('after-rotation'), 'sk-valid-by-now-0123456789', 'it ends with the new one');
+is($node->safe_psql('postgres', "SELECT attempts FROM keyvault.requests WHERE id = '$again'"), '2', 'at its second attempt');
+
+# Nothing is kept when that is what is asked for.
+set_config($node, 'keyvault.reference_cache_ttl', '0');
+my $fetches = fetches('secret/data/team/openai');
+ends_as($node, queue_request($node, 'r', "not-kept-$_"), 'done', "call $_ without a cache") foreach 1, 2;
+is(fetches('secret/data/team/openai'), $fetches + 2, 'each call fetches the key');
+set_config($node, 'keyvault.reference_cache_ttl', undef);
 
 # What can go wrong: clear text, in the request.
 sub fails_with
