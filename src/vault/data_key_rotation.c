@@ -179,10 +179,12 @@ try_rotate(const char *user_id, uint32 expected)
 
 		MemoryContextSwitchTo(context);
 		error = CopyErrorData();
-		if (error->sqlerrcode != ERRCODE_KV_SECRET_UNREADABLE)
-			PG_RE_THROW();
 		FlushErrorState();
 		RollbackAndReleaseCurrentSubTransaction();
+		MemoryContextSwitchTo(context);
+		CurrentResourceOwner = owner;
+		if (error->sqlerrcode != ERRCODE_KV_SECRET_UNREADABLE)
+			ReThrowError(error);
 		rotated = false;
 		ereport(WARNING,
 				(errcode(ERRCODE_KV_SECRET_UNREADABLE),
@@ -216,9 +218,10 @@ Datum
 keyvault_rotate_data_keys(PG_FUNCTION_ARGS)
 {
 	static KvStatement find = {
+		"SELECT o.user_id, o.version FROM ("
 		"SELECT d.user_id, d.version FROM keyvault.data_keys d WHERE d.created_at < now() - $1"
 		" AND NOT EXISTS (SELECT FROM keyvault.data_keys n WHERE n.user_id = d.user_id AND n.version > d.version)"
-		" ORDER BY d.created_at, d.user_id LIMIT $2", 2, {INTERVALOID, INT4OID}
+		" ORDER BY d.created_at, d.user_id LIMIT $2) o ORDER BY o.user_id", 2, {INTERVALOID, INT4OID}
 	};
 	int			batch = PG_GETARG_INT32(1);
 	Datum		values[2] = {PG_GETARG_DATUM(0), Int32GetDatum(batch)};

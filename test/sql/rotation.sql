@@ -60,6 +60,11 @@ UPDATE keyvault.data_keys SET created_at = now() - interval '100 days' WHERE use
 UPDATE keyvault.data_keys SET wrapped = set_byte(wrapped, 50, 255 - get_byte(wrapped, 50)) WHERE user_id = 'rot_a';
 SELECT keyvault.rotate_data_keys('90 days');
 ROLLBACK;
+-- another error ends it all, and leaves the session whole
+UPDATE keyvault.data_keys SET wrapped = set_byte(wrapped, 8, 255 - get_byte(wrapped, 8)) WHERE user_id = 'rot_a';
+SELECT keyvault.rotate_data_keys('0 s', 10000);
+SELECT 'alive' AS session;
+UPDATE keyvault.data_keys SET wrapped = set_byte(wrapped, 8, 255 - get_byte(wrapped, 8)) WHERE user_id = 'rot_a';
 SELECT keyvault.rotate_data_keys('90 days', 0);
 SELECT keyvault.rotate_data_keys('90 days', 10001);
 BEGIN ISOLATION LEVEL REPEATABLE READ;
