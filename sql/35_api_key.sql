@@ -66,6 +66,7 @@ CREATE TABLE keyvault.api_keys (
     created_at   timestamptz NOT NULL DEFAULT now(),
     updated_at   timestamptz NOT NULL DEFAULT now(),
     problem      text,
+    use_count    bigint NOT NULL DEFAULT 0,
     PRIMARY KEY (user_id, id),
     CONSTRAINT api_keys_user_id_provider_name_key UNIQUE (user_id, provider, name)
 );
@@ -75,6 +76,8 @@ COMMENT ON TABLE keyvault.api_keys IS 'Provider keys that users handed over, enc
 COMMENT ON COLUMN keyvault.api_keys.ciphertext IS 'Secret record, or a sealed box that the worker has yet to make a record of: see "Formats" in doc/keyvault.md.';
 COMMENT ON COLUMN keyvault.api_keys.hint IS 'Enough of the key for its owner to recognise it: at most three first and four last characters.';
 COMMENT ON COLUMN keyvault.api_keys.fingerprint IS 'Keyed hash under the user''s own data key: equal for equal keys of one user, and only there. NULL for a sealed box.';
+COMMENT ON COLUMN keyvault.api_keys.last_used_at IS 'When the key was last looked up or called with; written within keyvault.key_use_flush_interval.';
+COMMENT ON COLUMN keyvault.api_keys.use_count IS 'How often the key was looked up or called with, platform and user alike; written as last_used_at is.';
 COMMENT ON COLUMN keyvault.api_keys.problem IS 'Why a sealed box could not be opened.';
 COMMENT ON COLUMN keyvault.api_keys.status IS 'active; failed: the provider refused it when it was last used.';
 COMMENT ON COLUMN keyvault.api_keys.source IS 'user; platform: its own; reference: what is encrypted names where the key is kept.';
@@ -124,7 +127,7 @@ SELECT k.user_id, k.provider, k.name, k.hint, k.status, k.source, k.id,
        k.expires_at, k.last_used_at, k.last_verified_at, k.rotated_at, k.created_at,
        coalesce(m.calls, 0) AS calls_this_month,
        coalesce(m.cost_usd, 0) AS cost_usd_this_month,
-       k.problem
+       k.problem, k.use_count
   FROM keyvault.api_keys k
   LEFT JOIN LATERAL (
        SELECT count(*) AS calls, sum(r.cost_usd) AS cost_usd

@@ -43,7 +43,7 @@ BEGIN
     END IF;
     IF access IN ('app', 'user', 'admin') THEN
         RETURN NEXT 'SELECT (user_id, id, provider, name, hint, source, status, expires_at, last_used_at, last_verified_at, rotated_at, '
-                 || 'created_at, updated_at, problem) ON keyvault.api_keys';
+                 || 'created_at, updated_at, problem, use_count) ON keyvault.api_keys';
         RETURN NEXT 'SELECT ON keyvault.api_key_status, keyvault.api_keys_due';
     END IF;
     IF access = 'app' THEN

@@ -17,6 +17,7 @@
 #include "crypto/reveal.h"
 #include "fmgr.h"
 #include "gateway/database_drop.h"
+#include "gateway/key_use_flush.h"
 #include "gateway/launcher.h"
 #include "gateway/worker_slot.h"
 #include "miscadmin.h"
@@ -25,6 +26,7 @@
 #include "storage/shmem.h"
 #include "vault/call_key.h"
 #include "vault/development.h"
+#include "vault/key_use.h"
 
 PG_MODULE_MAGIC;
 
@@ -46,11 +48,13 @@ static const KvModule modules[] = {
 	{"record key cache", kv_record_key_cache_init, kv_record_key_cache_shmem_size, kv_record_key_cache_shmem_init},
 	{"call keys", NULL, kv_call_key_shmem_size, kv_call_key_shmem_init},
 	{"development", kv_development_init},
+	{"key use", kv_key_use_init, kv_key_use_shmem_size, kv_key_use_shmem_init},
 	{"debit", kv_debit_init},
 	{"restored usage", kv_restored_usage_init},
 	{"partition restore", kv_partition_restore_init},
 	{"worker slots", kv_worker_slot_init, kv_worker_slot_shmem_size, kv_worker_slot_shmem_init},
 	{"database drop", kv_database_drop_init},
+	{"key use flush", kv_key_use_flush_init},
 	{"launcher", kv_launcher_init},
 };
 

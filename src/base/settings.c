@@ -28,6 +28,8 @@ char	   *kv_vault_namespace = NULL;
 int			kv_record_key_cache_size = 16384;
 int			kv_mode = KV_MODE_PRODUCTION;
 char	   *kv_env_file = NULL;
+int			kv_key_use_table_size = 8192;
+int			kv_key_use_flush_interval = 60;
 bool		kv_reveal = true;
 int			kv_sealing_key_lifetime = 90 * 24 * 60 * 60;
 int			kv_reference_cache_ttl = 60;
@@ -140,6 +142,18 @@ define_key_settings(void)
 							NULL, &kv_reference_cache_ttl, 60, 0, 86400, PGC_SIGHUP, GUC_UNIT_S, NULL, NULL, NULL);
 }
 
+/* When and how often keys are used. */
+static void
+define_key_use_settings(void)
+{
+	DefineCustomIntVariable("keyvault.key_use_table_size",
+							"Keys whose uses can be noted between two flushes, 290 bytes each; fewer than 8 for none.",
+							NULL, &kv_key_use_table_size, 8192, 0, 1048576, PGC_POSTMASTER, 0, NULL, NULL, NULL);
+	DefineCustomIntVariable("keyvault.key_use_flush_interval",
+							"How long uses of keys wait to be written to the table.",
+							NULL, &kv_key_use_flush_interval, 60, 0, 86400, PGC_SIGHUP, GUC_UNIT_S, NULL, NULL, NULL);
+}
+
 /* Development mode: keys of a .env file. */
 static void
 define_development_settings(void)
@@ -236,6 +250,7 @@ kv_settings_init(void)
 	define_master_key_settings();
 	define_key_settings();
 	define_development_settings();
+	define_key_use_settings();
 	define_vault_settings();
 	define_worker_settings();
 	define_maintenance_settings();

@@ -24,6 +24,8 @@ typedef enum KvMode
 
 extern int	kv_mode;
 extern char *kv_env_file;
+extern int	kv_key_use_table_size;
+extern int	kv_key_use_flush_interval;
 extern char *kv_user_id;
 extern char *kv_master_key_file;
 extern bool kv_allow_master_key_in_data_directory;

@@ -21,6 +21,7 @@
 #include "tcop/utility.h"
 #include "utils/acl.h"
 #include "utils/syscache.h"
+#include "vault/key_use.h"
 
 static ProcessUtility_hook_type next_process_utility = NULL;
 
@@ -97,6 +98,8 @@ process_utility(PlannedStmt *pstmt, const char *query_string, bool read_only_tre
 		PG_FINALLY();
 		{
 			kv_worker_stop_end(database, still_there);
+			if (!still_there)
+				kv_key_use_forget_database(database);
 		}
 		PG_END_TRY();
 		return;

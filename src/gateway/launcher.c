@@ -19,6 +19,7 @@
 #include "access/xact.h"
 #include "base/error.h"
 #include "catalog/pg_database.h"
+#include "gateway/key_use_flush.h"
 #include "gateway/token_renewal.h"
 #include "gateway/worker_slot.h"
 #include "miscadmin.h"
@@ -187,6 +188,7 @@ keyvault_launcher_main(Datum arg)
 	for (;;)
 	{
 		long		timeout_ms;
+		long		uses_ms;
 
 		CHECK_FOR_INTERRUPTS();
 		if (ConfigReloadPending)
@@ -200,6 +202,9 @@ keyvault_launcher_main(Datum arg)
 			scan_databases();
 		timeout_ms = kv_token_renewal_serve(reloaded);
 		reloaded = false;
+		uses_ms = kv_key_use_flush_serve();
+		if (uses_ms >= 0 && (timeout_ms < 0 || timeout_ms > uses_ms))
+			timeout_ms = uses_ms;
 		if (start_wanted(&started) && (timeout_ms < 0 || timeout_ms > RETRY_MS))
 			timeout_ms = RETRY_MS;
 		MemoryContextSwitchTo(TopMemoryContext);

@@ -20,6 +20,7 @@
 #include "crypto/reveal.h"
 #include "gateway/call.h"
 #include "gateway/claim.h"
+#include "gateway/key_use_flush.h"
 #include "gateway/reference.h"
 #include "gateway/transfer.h"
 #include "gateway/turn.h"
@@ -35,6 +36,7 @@
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 #include "utils/varlena.h"
+#include "vault/key_use.h"
 #include "vault/sealed_key.h"
 #include "utils/wait_event.h"
 
@@ -211,15 +213,21 @@ database_is_served(void)
 
 /* Leave a database without the extension, or one that keyvault.databases leaves out. */
 static void
-leave_if_not_served(void)
+leave_if_not_served(KvWorker *worker)
 {
+	bool		installed;
 	bool		served;
 
 	StartTransactionCommand();
-	served = OidIsValid(get_extension_oid("keyvault", true)) && database_is_served();
+	installed = OidIsValid(get_extension_oid("keyvault", true));
+	served = installed && database_is_served();
+	if (!installed)
+		kv_key_use_forget_database(MyDatabaseId);
 	CommitTransactionCommand();
 	if (served)
 		return;
+	if (installed)
+		kv_key_use_flush_now(worker);
 	while (!kv_worker_detach_unless_woken(kv_worker_wakeups()))
 		;
 	proc_exit(0);
@@ -235,7 +243,7 @@ serve_interrupts(KvWorker *worker)
 	{
 		ConfigReloadPending = false;
 		ProcessConfigFile(PGC_SIGHUP);
-		leave_if_not_served();
+		leave_if_not_served(worker);
 		kv_transfer_pool_configure(worker->pool, kv_per_host_connections, kv_max_concurrent_requests);
 		kv_reference_forget_all();
 		worker->look = true;
@@ -251,9 +259,12 @@ leave_if_idle(KvWorker *worker)
 
 	if (!is_idle(worker))
 		worker->idle_since = now;
-	else if (TimestampDifferenceExceeds(worker->idle_since, now, kv_worker_idle_timeout) &&
-			 kv_worker_detach_unless_woken(worker->wakeups))
-		proc_exit(0);
+	else if (TimestampDifferenceExceeds(worker->idle_since, now, kv_worker_idle_timeout))
+	{
+		kv_key_use_flush_now(worker);
+		if (kv_worker_detach_unless_woken(worker->wakeups))
+			proc_exit(0);
+	}
 }
 
 static bool
@@ -278,10 +289,10 @@ start_up(KvWorker *worker, Oid database)
 	BackgroundWorkerInitializeConnectionByOid(database, InvalidOid, 0);
 	if (!kv_worker_attach(database))
 		proc_exit(0);
-	leave_if_not_served();
 
 	worker->context = AllocSetContextCreate(TopMemoryContext, "keyvault worker", ALLOCSET_DEFAULT_SIZES);
 	worker->turn_context = AllocSetContextCreate(worker->context, "keyvault worker turn", ALLOCSET_DEFAULT_SIZES);
+	leave_if_not_served(worker);
 	MemoryContextSwitchTo(worker->context);
 	worker->pool = kv_transfer_pool_create();
 	kv_transfer_pool_configure(worker->pool, kv_per_host_connections, kv_max_concurrent_requests);
@@ -329,6 +340,7 @@ keyvault_worker_main(Datum arg)
 				open_boxes(&worker);
 			kv_turn_take(&worker);
 		}
+		kv_key_use_flush_if_due(&worker);
 		leave_if_idle(&worker);
 		wait_for_work(&worker);
 	}

@@ -148,6 +148,18 @@ kv_worker_wake(Oid database)
 	set_latch_of(process);
 }
 
+/* Have the launcher look at what there is to do. */
+void
+kv_worker_wake_launcher(void)
+{
+	int			launcher;
+
+	LWLockAcquire(&shared->lock, LW_SHARED);
+	launcher = shared->launcher;
+	LWLockRelease(&shared->lock);
+	set_latch_of(launcher);
+}
+
 /* Wake this database's worker once if the transaction commits. */
 void
 kv_worker_wake_at_commit(void)

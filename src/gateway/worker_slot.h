@@ -18,6 +18,7 @@ extern void kv_worker_slot_init(void);
 extern void kv_worker_wake_at_commit(void);
 extern void kv_worker_announce_at_commit(void);
 extern void kv_worker_wake(Oid database);
+extern void kv_worker_wake_launcher(void);
 extern void kv_worker_await_settlement_begin(void);
 extern bool kv_worker_await_settlement(long timeout_ms);
 extern void kv_worker_await_settlement_end(void);

@@ -24,6 +24,7 @@
 #include "vault/api_key.h"
 #include "vault/development.h"
 #include "vault/key_row.h"
+#include "vault/key_use.h"
 
 PG_FUNCTION_INFO_V1(keyvault_user_api_keys);
 PG_FUNCTION_INFO_V1(keyvault_user_api_key);
@@ -62,14 +63,18 @@ is_reference(KvIndexScan *scan)
 	return VARSIZE_ANY_EXHDR(source) == strlen("reference") && memcmp(VARDATA_ANY(source), "reference", strlen("reference")) == 0;
 }
 
-/* Open the key of the scan's current row; NULL when it does not open. */
+/* Open the key of the scan's current row, and note its use; NULL when it does not open. */
 static char *
 open_row(KvIndexScan *scan, const char *user_id, const char *provider)
 {
 	bool		isnull;
 	pg_uuid_t  *id = DatumGetUUIDP(kv_index_scan_value(scan, API_KEYS_ID, &isnull));
+	char	   *secret = kv_key_row_open(user_id, provider, id,
+									 DatumGetByteaPP(kv_index_scan_value(scan, API_KEYS_CIPHERTEXT, &isnull)));
 
-	return kv_key_row_open(user_id, provider, id, DatumGetByteaPP(kv_index_scan_value(scan, API_KEYS_CIPHERTEXT, &isnull)));
+	if (secret)
+		kv_key_use_note(user_id, id);
+	return secret;
 }
 
 static void
