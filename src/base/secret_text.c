@@ -99,13 +99,34 @@ skip_space(const char *p)
 	}
 }
 
-/* Does the text at p run a prepared statement, as far as can be told from here? */
+/* Is the EXECUTE that ends here in a line of CONTEXT that says where in a PL/pgSQL function it is? */
 static bool
-executes_prepared(const char *p)
+locates_in_plpgsql(const char *text, const char *end)
 {
-	if (!begins_with(p, "execute") || is_word_byte(p[strlen("execute")]))
+	const char *line = end;
+	char		stop = end[strcspn(end, "'\"(;\n")];
+
+	if (stop != '\n' && stop != '\0')
+		return false;			/* it goes on as a statement does */
+	while (line > text && line[-1] != '\n')
+		line--;
+	for (; line < end; line++)
+		if (begins_with(line, "pl/pgsql"))
+			return true;
+	return false;
+}
+
+/* Does the text run a prepared statement at p, as far as can be told from here? */
+static bool
+executes_prepared(const char *text, const char *p)
+{
+	const char *end = p + strlen("execute");
+
+	if (!begins_with(p, "execute") || is_word_byte(*end) || locates_in_plpgsql(text, end))
 		return false;
-	p = skip_space(p + strlen("execute"));
+	if (p - text >= 7 && strncmp(p - 7, "cannot ", 7) == 0)
+		return false;			/* the server's messages say "cannot execute MERGE ..." */
+	p = skip_space(end);
 	for (size_t i = 0; i < lengthof(harmless_after_execute); i++)
 		if (begins_with(p, harmless_after_execute[i]) && !is_word_byte(p[strlen(harmless_after_execute[i])]))
 			return false;
@@ -138,7 +159,7 @@ kv_secret_text_names_secret(const char *text)
 		for (size_t i = 0; i < lengthof(sensitive_words); i++)
 			if (is_sensitive_word(p, &sensitive_words[i]))
 				return true;
-		if (executes_prepared(p))
+		if (executes_prepared(text, p))
 			return true;
 	}
 	return false;

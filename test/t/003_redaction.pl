@@ -391,6 +391,15 @@ sub judge
 	return;
 }
 
+# What ordinary statements are told of their errors.
+like(run_sql([], q~CREATE FUNCTION pg_temp.dynamic() RETURNS void LANGUAGE plpgsql AS 'BEGIN EXECUTE ''SELECT 1::text::date''; END'~,
+		'SELECT pg_temp.dynamic()'),
+	qr/invalid input syntax for type date: "1"/, 'an error under EXECUTE of PL/pgSQL keeps its message');
+like(run_sql([], q~MERGE INTO innocent_view t USING (SELECT 1) s ON true WHEN NOT MATCHED THEN DO NOTHING~),
+	qr/cannot execute MERGE/, 'and so does one of the server that begins with "cannot execute"') if $node->pg_version < 17;
+like(run_sql([], q~PREPARE p(integer) AS SELECT $1~, q~EXECUTE p('it may be a key')~),
+	qr/withheld by keyvault/, 'that of a prepared statement is withheld');
+
 take_roads('not redacted', 'keyvault.redact_logs' => 'off');
 take_roads('redacted', 'keyvault.redact_logs' => 'on');
 my $german = run_sql([ 'lc_messages=C.UTF-8' ], 'SELECT 1 / 0') =~ /durch Null/;
