@@ -113,7 +113,7 @@ COMMENT ON FUNCTION keyvault._balance_now(keyvault.credit_balances, numeric) IS
     'A balance, with what all its slots have used, as it is once what is due now() has been done, which nothing need have done yet: what _catch_up makes of it, without writing.';
 
 CREATE FUNCTION keyvault._check_amount(amount numeric, at_least numeric) RETURNS void
-    LANGUAGE plpgsql IMMUTABLE
+    LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
     SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN

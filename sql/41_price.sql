@@ -55,7 +55,7 @@ COMMENT ON FUNCTION keyvault._find_price(text, text, timestamptz, text) IS
 
 CREATE FUNCTION keyvault._use_usd(price keyvault.model_prices, input_tokens bigint, cached_tokens bigint, output_tokens bigint,
                                   reasoning_tokens bigint, units numeric, OUT usd numeric, OUT used jsonb)
-    LANGUAGE plpgsql IMMUTABLE
+    LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
     SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
