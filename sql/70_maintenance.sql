@@ -67,8 +67,9 @@ BEGIN
             done := (detail IS NOT NULL)::integer;
             more := done > 0;
         WHEN 'reset' THEN
-            done := keyvault._reset_due_credits(batch);
-            more := done >= batch;
+            -- Few at a time: a debit of one of them waits for the batch.
+            done := keyvault._reset_due_credits(least(batch, 250));
+            more := done >= least(batch, 250);
             detail := 'balances whose period ended';
         WHEN 'purge' THEN
             done := keyvault._purge(batch);
