@@ -117,6 +117,13 @@ RELEASE b;
 INSERT INTO keyvault.usage_records_default (user_id, credits, created_at) VALUES ('ho_org', 1, '2001-01-01');
 COMMIT;
 SELECT spent::float FROM keyvault.budget_status WHERE user_id = 'ho_org' AND scope = 'user';
+-- what was refused is not counted with what follows it in the transaction
+BEGIN;
+SELECT state FROM pg_temp.refusal($$INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('ho_org', 60)$$);
+SAVEPOINT c;
+INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('ho_org', 1);
+SELECT spent::float FROM keyvault.budget_status WHERE user_id = 'ho_org' AND scope = 'user';
+ROLLBACK;
 -- a new day or month begins at nothing
 UPDATE keyvault.credit_budgets SET window_start = window_start - interval '40 days' WHERE user_id = 'ho_org';
 SELECT * FROM pg_temp.budgets;
