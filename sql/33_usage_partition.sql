@@ -17,7 +17,12 @@ DECLARE
     partition text := keyvault._usage_partition_name(month);
     until timestamptz := keyvault._period_bound(month, 1);
 BEGIN
-    -- ATTACH PARTITION lets others read and write the other partitions meanwhile, CREATE TABLE ... PARTITION OF does not.
+    -- The roll-up must not read usage_records with a plan from before the move and a snapshot from after it.
+    PERFORM FROM keyvault.usage_rollup FOR NO KEY UPDATE;
+    -- First of all, and not a weaker lock that is raised later, which would be a deadlock with whoever reads and then
+    -- inserts. An insert that waits at the default partition already would fail once the month has moved, and a reader
+    -- would go by a plan without the new partition: so they wait here.
+    LOCK TABLE ONLY keyvault.usage_records IN ACCESS EXCLUSIVE MODE;
     EXECUTE format('CREATE TABLE keyvault.%I (LIKE keyvault.usage_records INCLUDING DEFAULTS, '
                 || 'CONSTRAINT this_month CHECK (created_at >= %L AND created_at < %L))', partition, month, until);
     EXECUTE format('REVOKE ALL ON keyvault.%I FROM PUBLIC', partition);
@@ -70,7 +75,7 @@ CREATE FUNCTION keyvault._usage_kept_from() RETURNS timestamptz
                 ELSE '-infinity'::timestamptz END;
 COMMENT ON FUNCTION keyvault._usage_kept_from() IS 'The first month that keyvault.usage_retention keeps; -infinity keeps all.';
 
-CREATE FUNCTION keyvault._settle_default_partition() RETURNS text
+CREATE FUNCTION keyvault._settle_default_partition(max_rows bigint = 50000) RETURNS text
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
@@ -79,8 +84,9 @@ DECLARE
 BEGIN
     -- The oldest month first, of those that are over, are kept, and have no table of their own.
     SELECT m.month INTO month
-      FROM (SELECT DISTINCT date_trunc('month', d.created_at, 'UTC') AS month FROM keyvault.usage_records_default d
-             WHERE d.created_at < date_trunc('month', now(), 'UTC') AND d.created_at >= keyvault._usage_kept_from()) m
+      FROM (SELECT date_trunc('month', d.created_at, 'UTC') AS month FROM keyvault.usage_records_default d
+             WHERE d.created_at < date_trunc('month', now(), 'UTC') AND d.created_at >= keyvault._usage_kept_from()
+             GROUP BY 1 HAVING max_rows IS NULL OR count(*) <= max_rows) m
      WHERE to_regclass('keyvault.' || keyvault._usage_partition_name(m.month)) IS NULL
      ORDER BY m.month LIMIT 1;
     IF month IS NULL THEN
@@ -89,8 +95,8 @@ BEGIN
     PERFORM keyvault._make_usage_partition(month);
     RETURN keyvault._usage_partition_name(month);
 END $$;
-COMMENT ON FUNCTION keyvault._settle_default_partition() IS
-    'Gives the oldest ended month that has rows in the default partition a partition of its own, and returns its name; NULL when there is none.';
+COMMENT ON FUNCTION keyvault._settle_default_partition(bigint) IS
+    'Gives the oldest ended month that has rows in the default partition, max_rows at most (NULL for any number), a partition of its own, and returns its name; NULL when there is none. Inserts wait meanwhile. Error: 55P03 when a lock is not to be had within 100 ms.';
 
 CREATE FUNCTION keyvault._retire_usage(kept_from timestamptz = NULL) RETURNS text
     LANGUAGE plpgsql

@@ -125,3 +125,70 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION keyvault.run_maintenance(text) IS
     'Does all that is due, or one job of it, in the caller''s transaction, and returns a row per job: what was done, and how much of it. Again at once it finds little left. CALL maintain() does the same and commits after each batch. A superuser calls it. Errors: 22023, 42501.';
+
+CREATE PROCEDURE keyvault.maintain(name text = NULL)
+    LANGUAGE c
+    AS 'MODULE_PATHNAME', 'keyvault_maintain';
+COMMENT ON PROCEDURE keyvault.maintain(text) IS
+    'Does all that is due, or one job of it, and commits after each batch. A superuser calls it. Errors: 22023, 2D000 inside a transaction block, 42501.';
+
+-- pg_cron's tables are in one database of the cluster, often another one than this.
+
+CREATE FUNCTION keyvault.job_statements() RETURNS SETOF text
+    LANGUAGE sql STABLE
+BEGIN ATOMIC
+    SELECT format('SELECT cron.schedule_in_database(%L, %L, %L, %L);', 'keyvault ' || j.job || ' in ' || current_database(), j.schedule,
+                  format('CALL keyvault.maintain(%L)', j.job), current_database())
+      FROM keyvault._maintenance_job j ORDER BY j.place;
+END;
+COMMENT ON FUNCTION keyvault.job_statements() IS
+    'The statements that register this database''s maintenance with pg_cron 1.4 or later, to be run in pg_cron''s own database. Run again they change nothing.';
+
+CREATE FUNCTION keyvault._require_cron() RETURNS void
+    LANGUAGE plpgsql STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    IF to_regprocedure('cron.schedule_in_database(text, text, text, text, text, boolean)') IS NULL THEN
+        RAISE EXCEPTION 'pg_cron is not in this database'
+            USING ERRCODE = 'object_not_in_prerequisite_state',
+                  DETAIL = 'The worker of keyvault does the same jobs without it.',
+                  HINT = CASE WHEN coalesce(current_setting('cron.database_name', true), current_database()) = current_database()
+                              THEN 'Install pg_cron 1.4 or later, and run CREATE EXTENSION pg_cron.'
+                              ELSE format('Run what SELECT keyvault.job_statements() returns in database "%s", where pg_cron is.',
+                                          current_setting('cron.database_name', true)) END;
+    END IF;
+END $$;
+COMMENT ON FUNCTION keyvault._require_cron() IS 'Raises 55000 where pg_cron is not, and says how to go on.';
+
+CREATE FUNCTION keyvault.schedule_jobs() RETURNS TABLE (job text, schedule text, command text)
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    statement text;
+BEGIN
+    PERFORM keyvault._require_cron();
+    FOR statement IN SELECT keyvault.job_statements() LOOP
+        EXECUTE statement;
+    END LOOP;
+    RETURN QUERY EXECUTE $sql$SELECT c.jobname::text, c.schedule, c.command FROM cron.job c
+                               WHERE c.database = current_database() AND c.jobname ~ '^keyvault .* in ' ORDER BY c.jobid$sql$;
+END $$;
+COMMENT ON FUNCTION keyvault.schedule_jobs() IS
+    'Registers this database''s maintenance with pg_cron, a job for each kind, under the calling role, and returns the jobs; again, it changes nothing. A superuser calls it, in the database that pg_cron is in; for others see job_statements(). Errors: 42501, 55000 where pg_cron is not.';
+
+CREATE FUNCTION keyvault.unschedule_jobs() RETURNS bigint
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    removed bigint;
+BEGIN
+    PERFORM keyvault._require_cron();
+    EXECUTE $sql$SELECT count(cron.unschedule(c.jobid)) FROM cron.job c
+                  WHERE c.database = current_database() AND c.jobname ~ '^keyvault .* in '$sql$ INTO removed;
+    RETURN removed;
+END $$;
+COMMENT ON FUNCTION keyvault.unschedule_jobs() IS
+    'Takes this database''s maintenance out of pg_cron, and returns how many jobs there were. Errors: 42501, 55000 where pg_cron is not.';

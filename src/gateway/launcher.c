@@ -4,7 +4,7 @@
  *
  * When the server has started it has a worker look into every database once, for
  * requests that an earlier run left; after that it sleeps until a commit asks for a
- * worker that does not run. On a standby it starts with the promotion.
+ * worker that does not run, or maintenance is due. On a standby it starts with the promotion.
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
@@ -18,6 +18,7 @@
 #include "access/tableam.h"
 #include "access/xact.h"
 #include "base/error.h"
+#include "base/settings.h"
 #include "catalog/pg_database.h"
 #include "gateway/key_use_flush.h"
 #include "gateway/token_renewal.h"
@@ -33,6 +34,7 @@
 #include "utils/guc.h"
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
+#include "utils/timestamp.h"
 #include "utils/wait_event.h"
 
 /* Workers on their way up at once: connecting is work, and most databases have no keyvault. */
@@ -172,10 +174,27 @@ start_wanted(List **started)
 	return later;
 }
 
+/* Have a worker look into every database that has keyvault when that is due; returns how long until it is again. */
+static long
+visit_databases(TimestampTz *visited)
+{
+	TimestampTz now = GetCurrentTimestamp();
+
+	if (kv_maintenance_interval == 0)
+		return -1;
+	if (TimestampDifferenceExceeds(*visited, now, kv_maintenance_interval))
+	{
+		kv_worker_request_visits();
+		*visited = now;
+	}
+	return TimestampDifferenceMilliseconds(now, TimestampTzPlusMilliseconds(*visited, kv_maintenance_interval));
+}
+
 void
 keyvault_launcher_main(Datum arg)
 {
 	List	   *started = NIL;
+	TimestampTz visited = GetCurrentTimestamp();	/* scan_databases does */
 	bool		reloaded = false;
 
 	pqsignal(SIGHUP, SignalHandlerForConfigReload);
@@ -189,6 +208,7 @@ keyvault_launcher_main(Datum arg)
 	{
 		long		timeout_ms;
 		long		uses_ms;
+		long		visit_ms;
 
 		CHECK_FOR_INTERRUPTS();
 		if (ConfigReloadPending)
@@ -205,6 +225,9 @@ keyvault_launcher_main(Datum arg)
 		uses_ms = kv_key_use_flush_serve();
 		if (uses_ms >= 0 && (timeout_ms < 0 || timeout_ms > uses_ms))
 			timeout_ms = uses_ms;
+		visit_ms = visit_databases(&visited);
+		if (visit_ms >= 0 && (timeout_ms < 0 || timeout_ms > visit_ms))
+			timeout_ms = visit_ms;
 		if (start_wanted(&started) && (timeout_ms < 0 || timeout_ms > RETRY_MS))
 			timeout_ms = RETRY_MS;
 		MemoryContextSwitchTo(TopMemoryContext);

@@ -27,7 +27,6 @@ typedef struct KvWorker
 	bool		look;			/* the queue may have something for us */
 	TimestampTz next_retry;		/* when a queued request becomes due */
 	TimestampTz idle_since;
-	TimestampTz maintained;
 	uint64		key_use_round;	/* the last one in which we flushed */
 	TimestampTz boxes_due;		/* when to open sealed keys again */
 } KvWorker;

@@ -21,6 +21,7 @@
 #include "gateway/call.h"
 #include "gateway/claim.h"
 #include "gateway/key_use_flush.h"
+#include "gateway/maintenance.h"
 #include "gateway/reference.h"
 #include "gateway/transfer.h"
 #include "gateway/turn.h"
@@ -42,8 +43,6 @@
 
 #define BOXES_AT_ONCE 100
 
-#define MAINTENANCE_EVERY_MS (6 * 60 * 60 * 1000)
-
 PGDLLEXPORT void keyvault_worker_main(Datum arg);
 
 /* Collect what the network has finished. */
@@ -62,42 +61,6 @@ collect_ended(KvWorker *worker)
 		worker->ended = lappend(worker->ended, call);
 		worker->in_flight--;
 	}
-}
-
-/*
- * Make the partitions that are missing; when a lock is in the way, another time. Not before
- * there is a user: until then a restore may be about to bring partitions of its own.
- */
-static void
-maintain(KvWorker *worker)
-{
-	static KvStatement partitions = {
-		"SELECT CASE WHEN EXISTS (SELECT FROM keyvault.users) THEN keyvault._make_usage_partitions() END", 0
-	};
-	KvOwnerScope scope;
-	char	   *message;
-	bool		nobody;
-
-	worker->maintained = GetCurrentTimestamp();
-	PG_TRY();
-	{
-		kv_turn_begin("making partitions");
-		kv_owner_begin(&scope);
-		(void) kv_statement_value(&partitions, NULL, NULL, &nobody);
-		kv_owner_end(&scope);
-		kv_turn_end();
-		if (nobody)
-			worker->maintained = 0;
-	}
-	PG_CATCH();
-	{
-		if (!kv_turn_error_may_pass(kv_turn_roll_back(worker->turn_context, &message)))
-			ereport(WARNING, (errmsg("partitions of keyvault.usage_records could not be made: %s", message)));
-		worker->maintained = TimestampTzPlusMilliseconds(worker->maintained, 60000 - MAINTENANCE_EVERY_MS);
-	}
-	PG_END_TRY();
-	MemoryContextSwitchTo(worker->context);
-	MemoryContextReset(worker->turn_context);
 }
 
 /* Make records of sealed keys; when that is not possible, for want of a master key, another time. */
@@ -178,6 +141,7 @@ wait_for_work(KvWorker *worker)
 	long		timeout_ms = kv_transfer_pool_timeout(worker->pool);
 
 	sooner(now, worker->next_retry, &timeout_ms);
+	sooner(now, kv_maintenance_due_at(), &timeout_ms);
 	sooner(now, worker->boxes_due, &timeout_ms);
 	sooner(now, next_settlement(worker), &timeout_ms);
 	if (is_idle(worker))
@@ -293,6 +257,7 @@ start_up(KvWorker *worker, Oid database)
 	worker->context = AllocSetContextCreate(TopMemoryContext, "keyvault worker", ALLOCSET_DEFAULT_SIZES);
 	worker->turn_context = AllocSetContextCreate(worker->context, "keyvault worker turn", ALLOCSET_DEFAULT_SIZES);
 	leave_if_not_served(worker);
+	kv_worker_note_served(database);
 	MemoryContextSwitchTo(worker->context);
 	worker->pool = kv_transfer_pool_create();
 	kv_transfer_pool_configure(worker->pool, kv_per_host_connections, kv_max_concurrent_requests);
@@ -331,8 +296,8 @@ keyvault_worker_main(Datum arg)
 	for (;;)
 	{
 		serve_interrupts(&worker);
-		if (TimestampDifferenceExceeds(worker.maintained, GetCurrentTimestamp(), MAINTENANCE_EVERY_MS))
-			maintain(&worker);
+		if (kv_maintenance_due_at() <= GetCurrentTimestamp())
+			kv_maintenance_take(&worker);
 		collect_ended(&worker);
 		if (turn_is_due(&worker))
 		{

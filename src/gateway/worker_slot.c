@@ -55,6 +55,7 @@ typedef struct WorkerSlots
 	int			launcher;		/* number of the launcher's PGPROC, or NO_PROCESS */
 	bool		scan_databases; /* a slot was missing: the launcher looks at every database again */
 	WorkerSlot	slots[SLOTS];
+	Oid			served[SLOTS];	/* databases that a worker found keyvault in; InvalidOid: free */
 	ConditionVariable settlements[SETTLEMENTS];
 } WorkerSlots;
 
@@ -240,16 +241,57 @@ kv_worker_launcher_attach(void)
 	LWLockRelease(&shared->lock);
 }
 
+/* Want a worker for a database that has none. The lock is held. */
+static void
+want_worker(Oid database)
+{
+	WorkerSlot *slot = find_slot(database, true);
+
+	if (slot != NULL && slot->worker == NO_PROCESS)
+		slot->wanted = true;
+}
+
 /* Note that a database is to have a worker; the launcher calls it. */
 void
 kv_worker_request_start(Oid database)
 {
-	WorkerSlot *slot;
-
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
-	slot = find_slot(database, true);
-	if (slot != NULL && slot->worker == NO_PROCESS)
-		slot->wanted = true;
+	want_worker(database);
+	LWLockRelease(&shared->lock);
+}
+
+/* The same for every database that a worker found keyvault in, so that maintenance is done there. */
+void
+kv_worker_request_visits(void)
+{
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	for (int i = 0; i < SLOTS; i++)
+		if (OidIsValid(shared->served[i]))
+			want_worker(shared->served[i]);
+	LWLockRelease(&shared->lock);
+}
+
+/* Forget that a database is served: it may be gone. The lock is held. */
+static void
+forget_served(Oid database)
+{
+	for (int i = 0; i < SLOTS; i++)
+		if (shared->served[i] == database)
+			shared->served[i] = InvalidOid;
+}
+
+/* Remember a database that has keyvault, for visits. */
+void
+kv_worker_note_served(Oid database)
+{
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	forget_served(database);
+	for (int i = 0; i < SLOTS; i++)
+		if (!OidIsValid(shared->served[i]))
+		{
+			shared->served[i] = database;
+			break;
+		}
 	LWLockRelease(&shared->lock);
 }
 
@@ -318,7 +360,11 @@ kv_worker_start_failed(Oid database)
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
 	slot = find_slot(database, false);
 	if (slot != NULL && slot->worker == NO_PROCESS)
+	{
+		if (slot->starting)
+			forget_served(database);
 		release_slot(slot);
+	}
 	LWLockRelease(&shared->lock);
 }
 
@@ -430,6 +476,8 @@ kv_worker_stop_end(Oid database, bool wake)
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
 	slot = find_slot(database, false);
+	if (!wake)
+		forget_served(database);
 	if (slot != NULL)
 	{
 		slot->stopped_until = 0;

@@ -29,9 +29,11 @@ extern void kv_worker_request_start(Oid database);
 extern int	kv_worker_next_to_start(Oid *databases, int max, bool *later);
 extern bool kv_worker_take_scan_request(void);
 extern void kv_worker_start_failed(Oid database);
+extern void kv_worker_request_visits(void);
 
 /* for the worker */
 extern bool kv_worker_attach(Oid database);
+extern void kv_worker_note_served(Oid database);
 extern uint64 kv_worker_wakeups(void);
 extern bool kv_worker_detach_unless_woken(uint64 wakeups_seen);
 extern void kv_worker_announce_settlement(void);

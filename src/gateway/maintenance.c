@@ -1,0 +1,198 @@
+/*-------------------------------------------------------------------------
+ * maintenance.c
+ *		What the worker does from time to time: keyvault._maintain(), job by job.
+ *
+ * One batch of one job in a transaction of its own, then calls are looked after again, so
+ * that none waits for more than a batch. Nothing is wrong before a job has run.
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "gateway/maintenance.h"
+
+#include "base/error.h"
+#include "base/owner_spi.h"
+#include "base/settings.h"
+#include "catalog/pg_type.h"
+#include "executor/spi.h"
+#include "fmgr.h"
+#include "gateway/worker_slot.h"
+#include "miscadmin.h"
+#include "nodes/makefuncs.h"
+#include "parser/parse_func.h"
+#include "utils/builtins.h"
+#include "utils/memutils.h"
+#include "utils/timestamp.h"
+
+PG_FUNCTION_INFO_V1(keyvault_maintain);
+
+/* While a worker is there, usage is added up so often; views take the longer the more is left to them. */
+#define ROLL_UP_EVERY_MS	30000
+
+/* When to try again what has failed. */
+#define AGAIN_MS			60000
+
+typedef struct Job
+{
+	const char *name;			/* as in keyvault._maintenance_job */
+	bool		often;
+	TimestampTz due_at;
+} Job;
+
+static Job	jobs[] = {
+	{"partitions"}, {"roll-up", true}, {"retention"}, {"reset"}, {"purge"}, {"rotation"}
+};
+
+/* Without users there is nothing to do, and a restore may be about to bring partitions of its own. */
+static bool nobody = true;
+static uint64 looked_after_wakeups = UINT64_MAX;
+
+/* Not inlined: gcc would take its variables for ones that a longjmp may clobber. */
+static pg_noinline Job *
+next_job(void)
+{
+	Job		   *next = &jobs[0];
+
+	for (size_t i = 1; i < lengthof(jobs); i++)
+		if (jobs[i].due_at < next->due_at)
+			next = &jobs[i];
+	return next;
+}
+
+/* When kv_maintenance_take has something to do; infinity for not before the worker is woken. */
+TimestampTz
+kv_maintenance_due_at(void)
+{
+	TimestampTz never;
+
+	TIMESTAMP_NOEND(never);
+	if (kv_maintenance_interval == 0)
+		return never;
+	if (nobody)
+		return looked_after_wakeups == kv_worker_wakeups() ? never : 0;
+	return next_job()->due_at;
+}
+
+static bool
+has_users(void)
+{
+	static KvStatement users = {"SELECT EXISTS (SELECT FROM keyvault.users)", 0};
+	bool		isnull;
+
+	return DatumGetBool(kv_statement_value(&users, NULL, NULL, &isnull));
+}
+
+/* One batch of a job; sets whether there is more. Returns how much was done. */
+static int64
+run_batch(const Job *job, bool *more)
+{
+	static KvStatement batch = {
+		"SELECT CASE WHEN m.more THEN -1 - m.done ELSE m.done END FROM keyvault._maintain($1) m", 1, {TEXTOID}
+	};
+	static KvStatement partitions = {"SELECT keyvault._make_usage_partitions()", 0};
+	Oid			types[2] = {TEXTOID, INT4OID};
+	List	   *function = list_make2(makeString("keyvault"), makeString("_maintain"));
+	Datum		name = CStringGetTextDatum(job->name);
+	bool		isnull;
+	int64		done;
+
+	*more = false;
+	/* The SQL of version 0.1.0 knows of partitions alone. */
+	if (!OidIsValid(LookupFuncName(function, lengthof(types), types, true)))
+	{
+		if (job == &jobs[0])
+			(void) kv_statement_value(&partitions, NULL, NULL, &isnull);
+		return 0;
+	}
+	done = DatumGetInt64(kv_statement_value(&batch, &name, NULL, &isnull));
+	*more = done < 0;
+	return done < 0 ? -1 - done : done;
+}
+
+/* Do one batch of the job that is due. */
+void
+kv_maintenance_take(KvWorker *worker)
+{
+	Job		   *volatile job = next_job();
+	KvOwnerScope scope;
+	char	   *message;
+	volatile int delay_ms = job->often ? Min(ROLL_UP_EVERY_MS, kv_maintenance_interval) : kv_maintenance_interval;
+
+	looked_after_wakeups = kv_worker_wakeups();
+	MemoryContextSwitchTo(worker->turn_context);
+	PG_TRY();
+	{
+		bool		more = false;
+		int64		done = 0;
+
+		kv_turn_begin("doing maintenance");
+		kv_owner_begin(&scope);
+		nobody = !has_users();
+		if (!nobody)
+			done = run_batch(job, &more);
+		kv_owner_end(&scope);
+		kv_turn_end();
+		if (more)
+			delay_ms = 0;
+		/* A database that is in use keeps its worker. */
+		if (done > 0 && job->often)
+			worker->idle_since = GetCurrentTimestamp();
+	}
+	PG_CATCH();
+	{
+		if (!kv_turn_error_may_pass(kv_turn_roll_back(worker->turn_context, &message)))
+			ereport(WARNING,
+					(errmsg("maintenance of keyvault failed in job %s: %s", job->name, message),
+					 errhint("It is tried again; SELECT * FROM keyvault.run_maintenance('%s') does it at once.", job->name)));
+		delay_ms = Min(AGAIN_MS, kv_maintenance_interval);
+	}
+	PG_END_TRY();
+	if (!nobody)
+		job->due_at = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), delay_ms);
+	MemoryContextSwitchTo(worker->context);
+	MemoryContextReset(worker->turn_context);
+}
+
+/* Run a statement of keyvault_maintain's that returns one boolean, and commit. */
+static bool
+execute_and_commit(const char *statement, const char *name)
+{
+	Oid			type = TEXTOID;
+	Datum		value = CStringGetTextDatum(name);
+	bool		isnull;
+	bool		result;
+
+	if (SPI_execute_with_args(statement, 1, &type, &value, NULL, false, 1) != SPI_OK_SELECT || SPI_processed != 1)
+		ereport(ERROR,
+				(errcode(ERRCODE_INTERNAL_ERROR), errmsg("maintenance of keyvault could not be run")));
+	result = DatumGetBool(SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1, &isnull));
+	SPI_freetuptable(SPI_tuptable);
+	SPI_commit();
+	return result;
+}
+
+/* CALL maintain(): run_maintenance() with a commit after each batch. */
+Datum
+keyvault_maintain(PG_FUNCTION_ARGS)
+{
+	bool		atomic = !(fcinfo->context && IsA(fcinfo->context, CallContext)) ||
+		castNode(CallContext, fcinfo->context)->atomic;
+	char	   *wanted = PG_ARGISNULL(0) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(0));
+
+	if (atomic)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_TRANSACTION_TERMINATION),
+				 errmsg("keyvault.maintain() cannot run inside a transaction block"),
+				 errhint("It commits after each batch. Inside a transaction use keyvault.run_maintenance().")));
+	if (SPI_connect_ext(SPI_OPT_NONATOMIC) != SPI_OK_CONNECT)
+		ereport(ERROR,
+				(errcode(ERRCODE_INTERNAL_ERROR), errmsg("could not connect to SPI")));
+	if (wanted != NULL)
+		(void) execute_and_commit("SELECT keyvault._check_maintenance_job($1) IS NULL", wanted);
+	for (size_t i = 0; i < lengthof(jobs); i++)
+		if (wanted == NULL || strcmp(wanted, jobs[i].name) == 0)
+			while (execute_and_commit("SELECT m.more FROM keyvault._maintain($1) m", jobs[i].name))
+				CHECK_FOR_INTERRUPTS();
+	SPI_finish();
+	PG_RETURN_VOID();
+}
