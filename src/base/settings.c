@@ -28,7 +28,7 @@ char	   *kv_vault_namespace = NULL;
 int			kv_record_key_cache_size = 16384;
 int			kv_mode = KV_MODE_PRODUCTION;
 char	   *kv_env_file = NULL;
-int			kv_key_use_table_size = 8192;
+int			kv_key_use_table_size = 32768;
 int			kv_key_use_flush_interval = 60;
 bool		kv_reveal = true;
 int			kv_sealing_key_lifetime = 90 * 24 * 60 * 60;
@@ -148,7 +148,7 @@ define_key_use_settings(void)
 {
 	DefineCustomIntVariable("keyvault.key_use_table_size",
 							"Keys whose uses can be noted between two flushes, 290 bytes each; fewer than 8 for none.",
-							NULL, &kv_key_use_table_size, 8192, 0, 1048576, PGC_POSTMASTER, 0, NULL, NULL, NULL);
+							NULL, &kv_key_use_table_size, 32768, 0, 1048576, PGC_POSTMASTER, 0, NULL, NULL, NULL);
 	DefineCustomIntVariable("keyvault.key_use_flush_interval",
 							"How long uses of keys wait to be written to the table.",
 							NULL, &kv_key_use_flush_interval, 60, 0, 86400, PGC_SIGHUP, GUC_UNIT_S, NULL, NULL, NULL);

@@ -21,6 +21,9 @@
 /* Databases that a round can have; those left out come with the next. */
 #define DATABASES_MAX 256
 
+/* Where the table gets crowded notes do not wait for longer than this; they are rows to write all the same. */
+#define URGENT_MS 5000
+
 /* In the launcher: since when there are notes; 0 without. */
 static TimestampTz pending_since = 0;
 
@@ -39,6 +42,7 @@ kv_key_use_flush_serve(void)
 	TimestampTz due;
 	Oid			databases[DATABASES_MAX];
 	bool		urgent;
+	int64		wait_ms = kv_key_use_flush_interval * INT64CONST(1000);
 	int			n;
 
 	if (!kv_key_use_is_pending(&urgent))
@@ -48,8 +52,8 @@ kv_key_use_flush_serve(void)
 	}
 	if (pending_since == 0)
 		pending_since = now;
-	due = TimestampTzPlusMilliseconds(pending_since, kv_key_use_flush_interval * INT64CONST(1000));
-	if (due > now && !urgent)
+	due = TimestampTzPlusMilliseconds(pending_since, urgent ? Min(wait_ms, URGENT_MS) : wait_ms);
+	if (due > now)
 		return TimestampDifferenceMilliseconds(now, due);
 	pending_since = 0;
 	n = kv_key_use_begin_round(databases, DATABASES_MAX);
