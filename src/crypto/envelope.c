@@ -122,13 +122,23 @@ find_record_key(KvRecordKey *record_key, const RecordHeader *header, const char 
 {
 	uint32		generation = kv_master_key_generation();
 	KvDataKey  *data_key;
+	KvDataKey	last;
 
 	if (kv_record_key_cache_get(&header->id, generation, record_key))
 		return true;
-	data_key = kv_data_key_find(user_id, pg_ntoh32(header->data_key_version), header->id.data_key_id);
-	if (data_key == NULL)
-		return false;
-	derive_record_key(record_key, data_key, header);
+	if (kv_record_key_cache_get_data_key(&header->id, generation, last.key, &last.vault_id))
+	{
+		derive_record_key(record_key, &last, header);
+		kv_secret_wipe(&last, sizeof(last));
+	}
+	else
+	{
+		data_key = kv_data_key_find(user_id, pg_ntoh32(header->data_key_version), header->id.data_key_id);
+		if (data_key == NULL)
+			return false;
+		derive_record_key(record_key, data_key, header);
+		kv_record_key_cache_put_data_key(&header->id, generation, data_key->key, &data_key->vault_id);
+	}
 	kv_record_key_cache_put(&header->id, generation, record_key);
 	return true;
 }

@@ -38,12 +38,21 @@ typedef struct Bucket
 	uint32		next;			/* the one to be replaced */
 } Bucket;
 
+/* The data key that a record's key was derived from last: a user's records are opened one after another. */
+typedef struct LastDataKey
+{
+	uint8		id[UUID_LEN];
+	uint8		key[KV_KEY_SIZE];
+	pg_uuid_t	vault_id;
+} LastDataKey;
+
 /* In shared memory: raised when every process has to forget. */
 static pg_atomic_uint32 *epoch = NULL;
 
 /* This process's entries, in memory that stays out of core files; made at first use. */
 static Bucket *buckets = NULL;
 static uint32 n_buckets;
+static LastDataKey *last;		/* behind the buckets */
 static uint64 filled_at;
 
 /* This transaction has changed data keys; dropped when it ends. */
@@ -63,6 +72,12 @@ kv_record_key_cache_shmem_init(void *memory, bool found)
 		pg_atomic_init_u32(epoch, 0);
 }
 
+static Size
+cache_size(void)
+{
+	return n_buckets * sizeof(Bucket) + sizeof(LastDataKey);
+}
+
 /* Where a record's key belongs; NULL when none are kept. Entries of before now, or of another master key, are wiped first. */
 static Bucket *
 bucket_of(const KvRecordId *id, uint32 generation)
@@ -75,12 +90,13 @@ bucket_of(const KvRecordId *id, uint32 generation)
 		n_buckets = kv_record_key_cache_size / WAYS;
 		if (n_buckets == 0)
 			return NULL;
-		buckets = kv_secret_page(n_buckets * sizeof(Bucket));
+		buckets = kv_secret_page(cache_size());
+		last = (LastDataKey *) (buckets + n_buckets);
 		filled_at = now;
 	}
 	if (filled_at != now)
 	{
-		kv_secret_wipe(buckets, n_buckets * sizeof(Bucket));
+		kv_secret_wipe(buckets, cache_size());
 		filled_at = now;
 	}
 	memcpy(&hash, id->salt, sizeof(hash));
@@ -115,6 +131,28 @@ kv_record_key_cache_put(const KvRecordId *id, uint32 generation, const KvRecordK
 		entry->id = *id;
 		entry->record_key = *record_key;
 	}
+}
+
+/* Fill in the data key of a record, KV_KEY_SIZE bytes, and its vault; false when it is not the last one used. */
+bool
+kv_record_key_cache_get_data_key(const KvRecordId *id, uint32 generation, uint8 *key, pg_uuid_t *vault_id)
+{
+	if (bucket_of(id, generation) == NULL || memcmp(last->id, id->data_key_id, UUID_LEN) != 0)
+		return false;
+	memcpy(key, last->key, KV_KEY_SIZE);
+	*vault_id = last->vault_id;
+	return true;
+}
+
+/* Keep the data key of a record, in the place of the last one. */
+void
+kv_record_key_cache_put_data_key(const KvRecordId *id, uint32 generation, const uint8 *key, const pg_uuid_t *vault_id)
+{
+	if (bucket_of(id, generation) == NULL)
+		return;
+	memcpy(last->id, id->data_key_id, UUID_LEN);
+	memcpy(last->key, key, KV_KEY_SIZE);
+	last->vault_id = *vault_id;
 }
 
 static void

@@ -32,6 +32,8 @@ extern void kv_record_key_cache_init(void);
 extern Size kv_record_key_cache_shmem_size(void);
 extern void kv_record_key_cache_shmem_init(void *memory, bool found);
 extern bool kv_record_key_cache_get(const KvRecordId *id, uint32 generation, KvRecordKey *record_key);
+extern bool kv_record_key_cache_get_data_key(const KvRecordId *id, uint32 generation, uint8 *key, pg_uuid_t *vault_id);
+extern void kv_record_key_cache_put_data_key(const KvRecordId *id, uint32 generation, const uint8 *key, const pg_uuid_t *vault_id);
 extern void kv_record_key_cache_put(const KvRecordId *id, uint32 generation, const KvRecordKey *record_key);
 
 #endif
