@@ -28,6 +28,47 @@ static ExecutorStart_hook_type next_executor_start = NULL;
 static ExecutorRun_hook_type next_executor_run = NULL;
 static ProcessUtility_hook_type next_process_utility = NULL;
 
+/*
+ * What is known of the text under way. A statement that runs a million others is one text, which may be long: it is
+ * searched once, not for each of them. Each message has a start time of its own.
+ */
+static struct
+{
+	const char *text;
+	TimestampTz since;
+	bool		names_secret;
+	bool		has_key_shape;
+}			known;
+
+static void
+know_text(void)
+{
+	TimestampTz since = GetCurrentStatementStartTimestamp();
+
+	if (known.text == debug_query_string && known.since == since)
+		return;
+	known.names_secret = kv_secret_text_names_secret(debug_query_string);
+	known.has_key_shape = debug_query_string && kv_secret_text_has_key_shape(debug_query_string);
+	known.text = debug_query_string;
+	known.since = since;
+}
+
+/* Does the text under way name a function that takes a secret? Allocates and throws nothing. */
+bool
+kv_activity_names_secret(void)
+{
+	know_text();
+	return known.names_secret;
+}
+
+/* Does it hold something of a known key's shape? Allocates and throws nothing. */
+bool
+kv_activity_has_key_shape(void)
+{
+	know_text();
+	return known.has_key_shape;
+}
+
 /* Does the text hold a string literal, quoted in whatever way? $1 is a parameter. */
 static bool
 holds_literal(const char *text)
@@ -67,7 +108,9 @@ withhold_where_sensitive(void)
 {
 	const char *text = MyBEEntry ? MyBEEntry->st_activity_raw : NULL;
 
-	if (kv_redact_logs && text != NULL && may_show_secret(text, debug_query_string ? debug_query_string : text))
+	if (!kv_redact_logs || text == NULL || !holds_literal(text))
+		return;
+	if (debug_query_string ? kv_activity_names_secret() || kv_activity_has_key_shape() : may_show_secret(text, text))
 		kv_activity_withhold();
 }
 

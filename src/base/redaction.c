@@ -159,13 +159,13 @@ redact(ErrorData *edata)
 		edata->message, edata->detail, edata->detail_log, edata->hint,
 		edata->context, edata->internalquery,
 	};
-	bool		sensitive = kv_secret_text_names_secret(debug_query_string) || prints_a_tree(edata) ||
+	bool		sensitive = kv_activity_names_secret() || prints_a_tree(edata) ||
 		(marked_statement != 0 && marked_statement == GetCurrentStatementStartTimestamp());
 
 	for (size_t i = 0; i < lengthof(fields); i++)
 		if (fields[i])
 			kv_secret_text_scrub_key_shapes(fields[i]);
-	if (debug_query_string && kv_secret_text_has_key_shape(debug_query_string))
+	if (kv_activity_has_key_shape())
 		edata->hide_stmt = true;
 	withhold_other_process(edata);
 	if (sensitive || (!is_authored(edata) &&

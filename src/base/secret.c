@@ -74,6 +74,13 @@ map_page(Size length, int sharing)
 	(void) madvise(page, length, MADV_DONTDUMP);
 #endif
 	(void) mlock(page, length);
+	return page;
+}
+
+/* Have kv_secret_wipe_pages find a page. */
+static void *
+remember_page(void *page, Size length)
+{
 	if (n_pages == PAGES_MAX)
 		ereport(ERROR,
 				(errcode(ERRCODE_INTERNAL_ERROR), errmsg("too many pages for secrets")));
@@ -89,12 +96,19 @@ map_page(Size length, int sharing)
 void *
 kv_secret_page(Size length)
 {
-	return map_page(length, MAP_PRIVATE);
+	return remember_page(map_page(length, MAP_PRIVATE), length);
 }
 
 /* The same, in the postmaster, for all the processes that it starts. */
 void *
 kv_secret_shared_page(Size length)
+{
+	return remember_page(map_page(length, MAP_SHARED), length);
+}
+
+/* The same, for what every process may know as long as the server runs: kv_secret_wipe_pages leaves it. */
+void *
+kv_secret_run_page(Size length)
 {
 	return map_page(length, MAP_SHARED);
 }

@@ -13,5 +13,6 @@ extern void *kv_secret_alloc(Size length);
 extern void *kv_secret_page(Size length);
 extern void kv_secret_wipe_pages(void);
 extern void *kv_secret_shared_page(Size length);
+extern void *kv_secret_run_page(Size length);
 
 #endif

@@ -24,7 +24,7 @@ typedef struct SensitiveWord
 } SensitiveWord;
 
 static const SensitiveWord sensitive_words[] = {
-	{"api_key", false}, {"platform_key", false}, {"issued_key", false}, {"u&\"", false},
+	{"api_key", false}, {"platform_key", false}, {"issued_key", false}, {"recovery_bundle", false}, {"u&\"", false},
 	{"request", true}, {"call", true},
 };
 

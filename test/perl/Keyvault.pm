@@ -15,7 +15,7 @@ use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 
 our @EXPORT = qw(new_master_key new_node set_config start_mock start_vault write_secret use_mock mock_get mock_open mock_received
-	wait_until state_of chat queue_request request_status ends_as worker_pid balances_are_sums run_pgbench);
+	wait_until state_of shared_memory chat queue_request request_status ends_as worker_pid balances_are_sums run_pgbench);
 
 my @mocks;
 
@@ -154,6 +154,30 @@ sub state_of
 	my ($node, $sql, $database) = @_;
 	my ($code, $out, $err) = $node->psql($database // 'postgres', "\\set VERBOSITY sqlstate\n$sql", on_error_stop => 0);
 	return $err =~ /ERROR:\s+(\w{5})/ ? $1 : '';
+}
+
+# Everything in the memory that a process of the server shares with the others; undef when it is closed to us.
+sub shared_memory
+{
+	my ($pid) = @_;
+	no warnings 'portable';
+	open my $maps, '<', "/proc/$pid/maps" or return;
+	my @ranges = map { /^([0-9a-f]+)-([0-9a-f]+) rw-s .*(?:zero|SYSV|PostgreSQL)/ ? [ hex $1, hex $2 ] : () } <$maps>;
+	open my $memory, '<:raw', "/proc/$pid/mem" or return;
+	my $content = '';
+	for (@ranges)
+	{
+		sysseek $memory, $_->[0], 0 or return;
+		my $left = $_->[1] - $_->[0];
+		while ($left > 0)
+		{
+			my $read = sysread $memory, my $chunk, $left > 1048576 ? 1048576 : $left;
+			last unless $read;
+			$content .= $chunk;
+			$left -= $read;
+		}
+	}
+	return $content;
 }
 
 # The body of a chat request, as a literal.

@@ -4,7 +4,6 @@
 # key must be seen, or the statement would prove nothing; and with it.
 use strict;
 use warnings FATAL => 'all';
-no warnings 'portable';
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
@@ -32,29 +31,6 @@ my $n = 0;
 
 # A key to look for: 24 characters, of which the middle ones are found nowhere else.
 sub new_key { return sprintf 'marker-%08d-%08x', ++$n, int rand 0xffffffff }
-
-# Everything in the memory that the server's processes share.
-sub shared_memory
-{
-	my ($pid) = @_;
-	open my $maps, '<', "/proc/$pid/maps" or return;
-	my @ranges = map { /^([0-9a-f]+)-([0-9a-f]+) rw-s .*(?:zero|SYSV|PostgreSQL)/ ? [ hex $1, hex $2 ] : () } <$maps>;
-	open my $memory, '<:raw', "/proc/$pid/mem" or return;
-	my $content = '';
-	for (@ranges)
-	{
-		sysseek $memory, $_->[0], 0 or return;
-		my $left = $_->[1] - $_->[0];
-		while ($left > 0)
-		{
-			my $read = sysread $memory, my $chunk, $left > 1048576 ? 1048576 : $left;
-			last unless $read;
-			$content .= $chunk;
-			$left -= $read;
-		}
-	}
-	return $content;
-}
 
 sub statistics_files
 {
