@@ -14,6 +14,7 @@
 
 #include "vault/call_key.h"
 
+#include "base/owner_spi.h"
 #include "base/pg_version.h"
 #include "base/secret.h"
 #include "crypto/aead.h"
@@ -30,20 +31,22 @@
 
 static const char label[] = "keyvault/v1/call-key";
 
-/* In shared memory, made with it. */
+/* In a page that all processes share and that stays out of core files. */
 static uint8 *run_key = NULL;
 
+/* The server's own shared memory, which core files have, holds nothing of it; its making tells when a run begins. */
 Size
 kv_call_key_shmem_size(void)
 {
-	return KV_KEY_SIZE;
+	return 1;
 }
 
-/* Make the key of this run, or find the one that the postmaster made. */
+/* Make the key of this run, another one after a crash, too. */
 void
 kv_call_key_shmem_init(void *memory, bool found)
 {
-	run_key = memory;
+	if (run_key == NULL)
+		run_key = kv_secret_run_page(KV_KEY_SIZE);
 	if (!found)
 		kv_random_bytes(run_key, KV_KEY_SIZE);
 }
@@ -122,7 +125,10 @@ kv_call_key_seal(const char *user_id, const pg_uuid_t *request_id, const char *k
 	if (kv_reveal_may_open())
 		return with_kind(UNDER_RUN_KEY, VARDATA(sealed), VARSIZE(sealed) - VARHDRSZ);
 	kv_sealing_key_ensure(&box_key);
+	/* The worker may just have made it, with the sealing key. */
+	kv_owner_fresh_snapshot_begin();
 	kv_vault_id_get(&binding.vault_id);
+	kv_owner_fresh_snapshot_end();
 	sealed = kv_sealed_box_seal(&box_key, &binding, VARDATA(sealed), VARSIZE(sealed) - VARHDRSZ);
 	return with_kind(IN_BOX, VARDATA(sealed), VARSIZE(sealed) - VARHDRSZ);
 }

@@ -15,6 +15,7 @@
 #include "base/argument.h"
 #include "base/error.h"
 #include "base/owner_spi.h"
+#include "base/redaction.h"
 #include "fmgr.h"
 #include "identity/identity.h"
 #include "utils/builtins.h"
@@ -80,6 +81,8 @@ keyvault_store_api_key_reference(PG_FUNCTION_ARGS)
 	char	   *field;
 	KvOwnerScope scope;
 
+	/* A reference is no secret, but whoever takes this for store_api_key passes a key. */
+	kv_redaction_mark_statement();
 	key.provider = kv_argument_text(fcinfo, 0, "provider");
 	reference = kv_argument_text(fcinfo, 1, "reference");
 	key.name = kv_api_key_name(fcinfo, 2);

@@ -137,7 +137,10 @@ write_box(const KvNewKey *key, const pg_uuid_t *id)
 	if (box == NULL)
 	{
 		kv_sealing_key_ensure(&box_key);
+		/* The worker may just have made it, with the sealing key. */
+		kv_owner_fresh_snapshot_begin();
 		kv_vault_id_get(&binding.vault_id);
+		kv_owner_fresh_snapshot_end();
 		box = kv_sealed_box_seal(&box_key, &binding, key->secret, strlen(key->secret));
 	}
 	write_row(key, id, box, NULL);

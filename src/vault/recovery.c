@@ -120,13 +120,17 @@ append_key(SecretText *plain, HeapTuple row, TupleDesc tupdesc)
 	return true;
 }
 
-/* A function of pgcrypto's, in whatever schema it is. */
+/*
+ * A function of pgcrypto's, in whatever schema it is. pgcrypto may have been made by someone who is no superuser, and
+ * who can then make functions of his own its members: only a superuser makes one in C.
+ */
 static Oid
 pgcrypto_function(const char *name, int n_arguments)
 {
 	static KvStatement find = {
 		"SELECT p.oid FROM pg_proc p JOIN pg_depend d ON d.classid = 'pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'e'"
 		" JOIN pg_extension e ON e.oid = d.refobjid AND d.refclassid = 'pg_extension'::regclass"
+		" JOIN pg_language l ON l.oid = p.prolang AND l.lanname = 'c'"
 		" WHERE e.extname = 'pgcrypto' AND p.proname = $1 AND p.pronargs = $2", 2, {TEXTOID, INT4OID}
 	};
 	Datum		values[2] = {CStringGetTextDatum(name), Int32GetDatum(n_arguments)};

@@ -1,0 +1,116 @@
+# What roles that are not trusted try: other users' rows, functions in the place of trusted ones, the worker's logs.
+use strict;
+use warnings FATAL => 'all';
+use File::Temp ();
+use IPC::Run ();
+use PostgreSQL::Test::Utils;
+use Test::More;
+use Keyvault;
+
+my $node = new_node('attack', init_only => 1, conf => <<'CONF');
+shared_preload_libraries = 'keyvault,auto_explain'
+auto_explain.log_min_duration = 0
+auto_explain.log_verbose = on
+auto_explain.log_nested_statements = on
+log_min_messages = info
+keyvault.reveal = off
+CONF
+$node->start;
+
+# A tenant who may create in the database makes pgcrypto, and a member of it that takes what a bundle holds.
+$node->safe_psql('postgres', 'CREATE ROLE tenant LOGIN; GRANT CREATE ON DATABASE postgres TO tenant');
+my $impostor = '';
+$node->psql('postgres', <<'SQL', extra_params => [ '-U', 'tenant' ], stderr => \$impostor);
+CREATE SCHEMA trap;
+CREATE EXTENSION pgcrypto SCHEMA trap;
+CREATE TABLE trap.caught (t text);
+GRANT ALL ON SCHEMA trap TO PUBLIC;
+GRANT ALL ON trap.caught TO PUBLIC;
+CREATE FUNCTION trap.dearmor(integer) RETURNS bytea LANGUAGE plpgsql AS $$BEGIN INSERT INTO trap.caught VALUES (current_user); RETURN ''; END$$;
+CREATE FUNCTION trap.pgp_pub_encrypt_bytea(integer, integer, integer) RETURNS bytea LANGUAGE plpgsql AS $$BEGIN INSERT INTO trap.caught VALUES (current_user); RETURN ''; END$$;
+ALTER EXTENSION pgcrypto ADD FUNCTION trap.dearmor(integer);
+ALTER EXTENSION pgcrypto ADD FUNCTION trap.pgp_pub_encrypt_bytea(integer, integer, integer);
+-- Found first by whoever takes any.
+ALTER FUNCTION trap.dearmor(text) COST 2;
+SQL
+is($node->safe_psql('postgres', q{SELECT count(*) FROM pg_depend d JOIN pg_proc p ON p.oid = d.objid
+	WHERE d.deptype = 'e' AND p.proname IN ('dearmor', 'pgp_pub_encrypt_bytea') AND p.prolang <> (SELECT oid FROM pg_language WHERE lanname = 'c')}),
+	'2', 'the trap is set') or diag $impostor;
+$node->safe_psql('postgres', 'CREATE EXTENSION keyvault CASCADE');
+
+# Boxes become records in the worker, whose log has no statement to be judged by.
+my $key = 'marker-of-the-worker-0123456789';
+$node->safe_psql('postgres', "UPDATE keyvault.providers SET key_pattern = '^marker' WHERE provider = 'exa'");
+$node->safe_psql('postgres', "SELECT keyvault.store_api_key('exa', '$key', user_id => 'victim')");
+ok(wait_until(sub { $node->safe_psql('postgres', q{SELECT fingerprint IS NOT NULL FROM keyvault.api_keys WHERE user_id = 'victim'}) eq 't' }),
+	'the worker makes a record of a box');
+my $log = slurp_file($node->logfile);
+like($log, qr/SELECT key_pattern FROM keyvault\.providers/, 'auto_explain logs what it runs for that');
+unlike($log, qr/marker-of-the-worker/, 'without the key');
+
+# The bundle is made by pgcrypto's own functions.
+set_config($node, 'keyvault.reveal', 'on');
+my (undef, undef, $error) = $node->psql('postgres', "SELECT keyvault.export_recovery_bundle('no key')");
+like($error, qr/ERROR/, 'a bundle to no key is refused');
+is($node->safe_psql('postgres', 'SELECT * FROM trap.caught'), '', 'and the trap has caught nothing');
+
+# Something of the victim's in every table that there is a way to write.
+$node->safe_psql('postgres', <<'SQL');
+CREATE ROLE mallory;
+SELECT keyvault.grant_access('mallory', 'user');
+SELECT keyvault.upsert_user(u, u || '@example.com', 'name of ' || u) FROM unnest('{victim,mallory}'::text[]) u;
+SELECT keyvault.grant_credits('victim', 100, 'gift'), keyvault.set_budget('victim', 1000000), keyvault.set_plan('victim', 'pro');
+SELECT keyvault.record_usage('chat', 'gpt-5-mini', 1000, 1000, credits => 40000, user_id => 'victim');
+SELECT keyvault.reserve_credits(1, user_id => 'victim');
+SELECT keyvault.request('exa', '{"query": "of the victim"}', user_id => 'victim', payer => 'user');
+SQL
+sub as_mallory
+{
+	my ($sql) = @_;
+	my ($out, $err) = ('', '');
+	$node->psql('postgres', "BEGIN; SELECT keyvault.act_as('mallory'); SET LOCAL ROLE mallory;\n$sql", stdout => \$out, stderr => \$err, on_error_stop => 0);
+	$out =~ s/^mallory\n?//;
+	return ($out, $err);
+}
+
+my @relations = split /\n/, $node->safe_psql('postgres', <<'SQL');
+SELECT a.attrelid::regclass FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
+ WHERE c.relnamespace = 'keyvault'::regnamespace AND c.relkind IN ('r', 'p', 'v') AND a.attname = 'user_id'
+   AND has_column_privilege('mallory', c.oid, a.attnum, 'SELECT') ORDER BY 1
+SQL
+cmp_ok(scalar @relations, '>', 12, 'there are ' . @relations . ' relations to look into');
+my $full = 0;
+foreach my $relation (@relations)
+{
+	my $rows = $node->safe_psql('postgres', "SELECT count(*) FROM $relation WHERE user_id = 'victim'");
+	$full++ if $rows > 0;
+	my ($seen, $err) = as_mallory("SELECT count(user_id) FROM $relation WHERE user_id <> 'mallory';");
+	is("$seen$err", '0', "$relation: of $rows rows of another user none is seen");
+	my ($out) = $node->psql('postgres', "SET ROLE mallory; SELECT count(user_id) FROM $relation", stdout => \my $nobody);
+	is($nobody, '0', "$relation: nobody sees nothing");
+}
+cmp_ok($full, '>', 10, "$full of them have rows of that user");
+
+# Every function that takes a user, for the other one, with something in each other argument.
+my @calls = split /\n/, $node->safe_psql('postgres', <<'SQL');
+SELECT format('%s keyvault.%I(%s)', CASE p.prokind WHEN 'p' THEN 'CALL' ELSE 'SELECT * FROM' END, p.proname, string_agg(
+       CASE WHEN a.name = 'user_id' THEN quote_literal('victim') WHEN a.name = 'measure' THEN quote_literal('credits')
+            ELSE CASE a.type::regtype::text WHEN 'text' THEN quote_literal('exa') WHEN 'uuid' THEN quote_literal(gen_random_uuid())
+                 WHEN 'jsonb' THEN quote_literal('{}') WHEN 'integer' THEN quote_literal(7) WHEN 'interval' THEN quote_literal('1 s') WHEN 'bytea' THEN quote_literal('\x01' || repeat('00', 150))
+                 WHEN 'timestamp with time zone' THEN quote_literal('2100-01-01') ELSE 'NULL' END END || '::' || a.type::regtype, ', ' ORDER BY a.i))
+  FROM pg_proc p CROSS JOIN LATERAL unnest(p.proargtypes::oid[], p.proargnames[1:p.pronargs]) WITH ORDINALITY a (type, name, i)
+ WHERE p.pronamespace = 'keyvault'::regnamespace AND has_function_privilege('mallory', p.oid, 'EXECUTE')
+ GROUP BY p.oid HAVING bool_or(a.name = 'user_id') ORDER BY 1
+SQL
+cmp_ok(scalar @calls, '>', 8, 'there are ' . @calls . ' functions to try');
+foreach my $call (@calls)
+{
+	# What commits runs outside of a transaction, and so as nobody.
+	my ($out, $err) = $call =~ /^CALL/ ? ('', ($node->psql('postgres', "SET ROLE mallory;\n$call"))[2]) : as_mallory("$call;");
+	my ($name) = $call =~ /(keyvault\.\w+)/;
+	ok($err =~ /not allowed to act for another user/ || ($err eq '' && $out =~ /^[|0]*$/), "$name does nothing for another user")
+		or diag "$call: $out $err";
+}
+$node->stop;
+
+done_testing();
