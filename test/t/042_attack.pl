@@ -108,7 +108,9 @@ foreach my $call (@calls)
 	# What commits runs outside of a transaction, and so as nobody.
 	my ($out, $err) = $call =~ /^CALL/ ? ('', ($node->psql('postgres', "SET ROLE mallory;\n$call"))[2]) : as_mallory("$call;");
 	my ($name) = $call =~ /(keyvault\.\w+)/;
-	ok($err =~ /not allowed to act for another user/ || ($err eq '' && $out =~ /^[|0]*$/), "$name does nothing for another user")
+	# Nothing, zeros, or a chart of zeros.
+	$out =~ s/\d{4}-\d\d-\d\d//g;
+	ok($err =~ /not allowed to act for another user/ || ($err eq '' && $out !~ /[1-9]/), "$name does nothing for another user")
 		or diag "$call: $out $err";
 }
 $node->stop;
