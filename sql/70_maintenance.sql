@@ -75,8 +75,9 @@ BEGIN
             done := keyvault._purge(batch);
             more := done >= batch;
             detail := 'old requests, and users with expired holds';
-        ELSE
-            done := 0;
+        WHEN 'rotation' THEN
+            SELECT r.done, r.more INTO done, more FROM keyvault._rotate_due(least(batch, 20)) r;
+            detail := 'keys rotated';
     END CASE;
 EXCEPTION
     WHEN lock_not_available THEN

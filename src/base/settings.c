@@ -47,6 +47,7 @@ int			kv_max_response_size = 16384;
 int			kv_worker_idle_timeout = 60000;
 int			kv_maintenance_interval = 300000;
 int			kv_response_retention = 30 * 86400;
+int			kv_data_key_max_age = 0;
 int			kv_usage_retention = 0;
 bool		kv_drop_retired_usage = false;
 
@@ -234,6 +235,9 @@ define_maintenance_settings(void)
 	DefineCustomIntVariable("keyvault.response_retention",
 							"How long requests and their answers are kept after they ended; 0 for ever.",
 							NULL, &kv_response_retention, 30 * 86400, 0, INT_MAX, PGC_SIGHUP, GUC_UNIT_S, NULL, NULL, NULL);
+	DefineCustomIntVariable("keyvault.data_key_max_age",
+							"Data keys older than this are rotated by maintenance; 0 for never.",
+							NULL, &kv_data_key_max_age, 0, 0, INT_MAX, PGC_SIGHUP, GUC_UNIT_S, NULL, NULL, NULL);
 	DefineCustomIntVariable("keyvault.usage_retention",
 							"Months before this one whose usage records are kept; 0 for all.",
 							NULL, &kv_usage_retention, 0, 0, 1200, PGC_SIGHUP, 0, NULL, NULL, NULL);

@@ -54,6 +54,7 @@ extern int	kv_max_response_size;
 extern int	kv_worker_idle_timeout;
 extern int	kv_maintenance_interval;
 extern int	kv_response_retention;
+extern int	kv_data_key_max_age;
 extern int	kv_usage_retention;
 extern bool kv_drop_retired_usage;
 

@@ -23,6 +23,8 @@
 #include "catalog/namespace.h"
 #include "catalog/pg_type.h"
 #include "crypto/data_key_wrap.h"
+#include "crypto/reveal.h"
+#include "crypto/rotation_request.h"
 #include "crypto/vault_id.h"
 #include "fmgr.h"
 #include "miscadmin.h"
@@ -268,6 +270,13 @@ retire_unused(void)
 	kv_statement_execute(&retire, NULL, NULL);
 }
 
+static void
+leave_to_worker(void)
+{
+	(void) kv_rotation_request_make("master_key", "");
+	kv_rotation_request_announce();
+}
+
 /* rotate_master_key(): all in the caller's transaction, during which nobody else gets a first key. */
 Datum
 keyvault_rotate_master_key(PG_FUNCTION_ARGS)
@@ -278,6 +287,12 @@ keyvault_rotate_master_key(PG_FUNCTION_ARGS)
 	bool		more = true;
 
 	kv_owner_begin(&scope);
+	if (!kv_reveal_may_open())
+	{
+		leave_to_worker();
+		kv_owner_end(&scope);
+		PG_RETURN_NULL();
+	}
 	require_read_committed();
 	LockRelationOid(master_keys_table(), ExclusiveLock);
 	switch_primary();
@@ -322,6 +337,13 @@ keyvault_rotate_master_key_in_batches(PG_FUNCTION_ARGS)
 		ereport(ERROR,
 				(errcode(ERRCODE_INTERNAL_ERROR), errmsg("could not connect to SPI")));
 	kv_owner_begin(&scope);
+	if (!kv_reveal_may_open())
+	{
+		leave_to_worker();
+		kv_owner_end(&scope);
+		SPI_finish();
+		PG_RETURN_VOID();
+	}
 	switch_primary();
 	commit_batch(&scope);
 	SET_LOCKTAG_RELATION(tag, MyDatabaseId, master_keys_table());

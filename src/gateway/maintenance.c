@@ -59,6 +59,15 @@ next_job(void)
 	return next;
 }
 
+static Job *
+find_job(const char *name)
+{
+	for (size_t i = 0; i < lengthof(jobs); i++)
+		if (strcmp(jobs[i].name, name) == 0)
+			return &jobs[i];
+	return NULL;
+}
+
 /* When kv_maintenance_take has something to do; infinity for not before the worker is woken. */
 TimestampTz
 kv_maintenance_due_at(void)
@@ -70,6 +79,9 @@ kv_maintenance_due_at(void)
 		return never;
 	if (nobody)
 		return looked_after_wakeups == kv_worker_wakeups() ? never : 0;
+	/* With keyvault.reveal off every wake-up may be about a rotation that only the worker can do. */
+	if (!kv_reveal && looked_after_wakeups != kv_worker_wakeups())
+		find_job("rotation")->due_at = 0;
 	return next_job()->due_at;
 }
 

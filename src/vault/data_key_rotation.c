@@ -18,6 +18,8 @@
 #include "catalog/pg_type.h"
 #include "crypto/data_key.h"
 #include "crypto/envelope.h"
+#include "crypto/reveal.h"
+#include "crypto/rotation_request.h"
 #include "fmgr.h"
 #include "identity/identity.h"
 #include "identity/user.h"
@@ -203,11 +205,17 @@ keyvault_rotate_data_key(PG_FUNCTION_ARGS)
 	text	   *argument = PG_GETARG_TEXT_PP(0);
 	char	   *user_id = VARSIZE_ANY_EXHDR(argument) == 0 ? KV_PLATFORM_USER : kv_identity_check_user_id(argument);
 	KvOwnerScope scope;
-	uint32		version;
+	uint32		version = 0;
 
 	require_rights();
 	kv_owner_begin(&scope);
-	version = rotate(user_id, 0);
+	if (kv_reveal_may_open())
+		version = rotate(user_id, 0);
+	else if (kv_data_key_lock(user_id, false) != 0)
+	{
+		(void) kv_rotation_request_make("data_key", user_id);
+		kv_rotation_request_announce();
+	}
 	kv_owner_end(&scope);
 	if (version == 0)
 		PG_RETURN_NULL();
@@ -240,11 +248,15 @@ keyvault_rotate_data_keys(PG_FUNCTION_ARGS)
 	users = SPI_tuptable;
 	for (uint64 i = 0; i < n; i++)
 	{
+		char	   *user_id = TextDatumGetCString(SPI_getbinval(users->vals[i], users->tupdesc, 1, &isnull));
+		uint32		version = DatumGetInt32(SPI_getbinval(users->vals[i], users->tupdesc, 2, &isnull));
+
 		CHECK_FOR_INTERRUPTS();
-		if (try_rotate(TextDatumGetCString(SPI_getbinval(users->vals[i], users->tupdesc, 1, &isnull)),
-					   DatumGetInt32(SPI_getbinval(users->vals[i], users->tupdesc, 2, &isnull))))
+		if (kv_reveal_may_open() ? try_rotate(user_id, version) : kv_rotation_request_make("data_key", user_id))
 			rotated++;
 	}
+	if (rotated > 0 && !kv_reveal_may_open())
+		kv_rotation_request_announce();
 	kv_owner_end(&scope);
 	PG_RETURN_INT32(rotated);
 }

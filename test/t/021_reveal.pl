@@ -78,6 +78,24 @@ is(row_of('bad'), "\\x01|f|\xe2\x80\xa6|failed|It was altered, or sealed for ano
 is($node->safe_psql('postgres', "SELECT keyvault.delete_api_key('openai', user_id => 'bad')"), 't', 'deleting works');
 is(state_of($node, "SELECT keyvault.store_platform_key('exa', 'platforms-own-key')"), '', 'so does storing a key of the platform');
 
+# Rotation is left to the worker.
+{
+	my $version = "SELECT max(version) FROM keyvault.data_keys WHERE user_id = 'after'";
+	is($node->safe_psql('postgres', "SELECT coalesce(keyvault.rotate_data_key('after'), -1)"), '-1', 'rotate_data_key leaves it to the worker');
+	ok(wait_until(sub { $node->safe_psql('postgres', $version) eq '2' }), 'who does it');
+	is($node->safe_psql('postgres', "SELECT keyvault.rotate_data_key('nobody') IS NULL"), 't', 'nothing for a user without a data key');
+	is($node->safe_psql('postgres', "SELECT keyvault.rotate_data_keys('0', 100) > 3, keyvault.rotate_data_keys('0', 100)"), 't|0', 'so does rotate_data_keys, once');
+	ok(wait_until(sub { $node->safe_psql('postgres', $version) eq '3' }), 'who does those');
+	my $file = $node->safe_psql('postgres', 'SHOW keyvault.master_key_file');
+	write_secret($file, unpack('H*', join '', map { chr int rand 256 } 1 .. 32) . "\n" . slurp_file($file));
+	$node->reload;
+	is($node->safe_psql('postgres', 'SELECT keyvault.rotate_master_key() IS NULL'), 't', 'rotate_master_key leaves it to the worker');
+	ok(wait_until(sub { $node->safe_psql('postgres', q(SELECT string_agg(status, ',' ORDER BY version) FROM keyvault.master_keys)) eq 'retired,primary' }), 'who does it');
+	is($node->safe_psql('postgres', 'SELECT count(*) FROM keyvault.rotation_requests'), '0', 'nothing is left to do');
+	ends_as($node, queue_request($node, 'after', 'call-after-rotation'), 'done', 'calls go on');
+	is(called_with('call-after-rotation'), 'sk-stored-while-off-0123456789', 'with the same key');
+}
+
 # The worker's memory is its own. The control is a session, where the system lets us look at that.
 sub memory_is_readable
 {
