@@ -17,7 +17,7 @@ keyvault.reveal = off
 CONF
 $node->start;
 
-# A tenant who may create in the database makes pgcrypto, and a member of it that takes what a bundle holds.
+# A tenant who may create in the database makes pgcrypto, and members of it that the catalogue's index has before the real ones.
 $node->safe_psql('postgres', 'CREATE ROLE tenant LOGIN; GRANT CREATE ON DATABASE postgres TO tenant');
 my $impostor = '';
 $node->psql('postgres', <<'SQL', extra_params => [ '-U', 'tenant' ], stderr => \$impostor);
@@ -26,12 +26,10 @@ CREATE EXTENSION pgcrypto SCHEMA trap;
 CREATE TABLE trap.caught (t text);
 GRANT ALL ON SCHEMA trap TO PUBLIC;
 GRANT ALL ON trap.caught TO PUBLIC;
-CREATE FUNCTION trap.dearmor(integer) RETURNS bytea LANGUAGE plpgsql AS $$BEGIN INSERT INTO trap.caught VALUES (current_user); RETURN ''; END$$;
-CREATE FUNCTION trap.pgp_pub_encrypt_bytea(integer, integer, integer) RETURNS bytea LANGUAGE plpgsql AS $$BEGIN INSERT INTO trap.caught VALUES (current_user); RETURN ''; END$$;
-ALTER EXTENSION pgcrypto ADD FUNCTION trap.dearmor(integer);
-ALTER EXTENSION pgcrypto ADD FUNCTION trap.pgp_pub_encrypt_bytea(integer, integer, integer);
--- Found first by whoever takes any.
-ALTER FUNCTION trap.dearmor(text) COST 2;
+CREATE FUNCTION trap.dearmor(boolean) RETURNS bytea LANGUAGE plpgsql AS $$BEGIN INSERT INTO trap.caught VALUES (current_user); RETURN ''; END$$;
+CREATE FUNCTION trap.pgp_pub_encrypt_bytea(boolean, boolean, boolean) RETURNS bytea LANGUAGE plpgsql AS $$BEGIN INSERT INTO trap.caught VALUES (current_user); RETURN ''; END$$;
+ALTER EXTENSION pgcrypto ADD FUNCTION trap.dearmor(boolean);
+ALTER EXTENSION pgcrypto ADD FUNCTION trap.pgp_pub_encrypt_bytea(boolean, boolean, boolean);
 SQL
 is($node->safe_psql('postgres', q{SELECT count(*) FROM pg_depend d JOIN pg_proc p ON p.oid = d.objid
 	WHERE d.deptype = 'e' AND p.proname IN ('dearmor', 'pgp_pub_encrypt_bytea') AND p.prolang <> (SELECT oid FROM pg_language WHERE lanname = 'c')}),
