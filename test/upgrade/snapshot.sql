@@ -133,18 +133,23 @@ SELECT m.object, f.property, f.value
                      FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
                     WHERE t.typtype = 'c' AND c.relkind = 'c' AND c.oid = t.typrelid AND NOT a.attisdropped))) f (property, value);
 
--- The shipped rows.
+-- The shipped rows; of what each installation makes for itself, how many there are.
 DO $$
 DECLARE
-    shipped record;
+    relation record;
 BEGIN
-    FOR shipped IN SELECT r.oid::regclass AS name, (SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY k.place)
+    FOR relation IN SELECT r.oid::regclass AS name, EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = r.oid AND a.attname = 'seeded') AS shipped,
+                           (SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY k.place)
                               FROM pg_index x, unnest(x.indkey::int2[]) WITH ORDINALITY k (attnum, place)
                               JOIN pg_attribute a ON a.attnum = k.attnum
                              WHERE x.indrelid = r.oid AND a.attrelid = r.oid AND x.indisprimary) AS key
-                     FROM relation r WHERE r.relkind = 'r' LOOP
-        EXECUTE format('INSERT INTO fact SELECT %L || concat_ws('', '', %s), ''shipped'', to_jsonb(t)::text FROM %s t',
-                       'row of ' || shipped.name || ' ', coalesce(shipped.key, 't::text'), shipped.name);
+                      FROM relation r WHERE r.relkind = 'r' LOOP
+        IF relation.shipped THEN
+            EXECUTE format('INSERT INTO fact SELECT %L || concat_ws('', '', %s), ''shipped'', to_jsonb(t)::text FROM %s t',
+                           'row of ' || relation.name || ' ', relation.key, relation.name);
+        ELSE
+            EXECUTE format('INSERT INTO fact SELECT %L, ''rows'', count(*) FROM %s', 'table ' || relation.name, relation.name);
+        END IF;
     END LOOP;
 END $$;
 
