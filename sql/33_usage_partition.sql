@@ -36,6 +36,8 @@ BEGIN
                     || 'INSERT INTO keyvault.%I SELECT * FROM moved', month, until, partition);
         ALTER TABLE keyvault.usage_records_default ENABLE ALWAYS TRIGGER refuse_change;
     END IF;
+    -- An insert under way may have chosen the default partition already, and would be refused there: none is, from here on.
+    LOCK TABLE ONLY keyvault.usage_records IN SHARE ROW EXCLUSIVE MODE;
     EXECUTE format('ALTER TABLE keyvault.usage_records ATTACH PARTITION keyvault.%I FOR VALUES FROM (%L) TO (%L)', partition, month, until);
     EXECUTE format('ALTER TABLE keyvault.%I DROP CONSTRAINT this_month', partition);
     PERFORM keyvault._guard_partition(format('keyvault.%I', partition)::regclass);
