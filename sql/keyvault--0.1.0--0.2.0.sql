@@ -2,6 +2,8 @@
 -- of its extension changes them are no longer dumped, roles' own among them.
 \echo Use "ALTER EXTENSION keyvault UPDATE TO '0.2.0'" to load this file. \quit
 
+DROP FUNCTION keyvault._settle_default_partition();
+
 ALTER TABLE keyvault.users ADD COLUMN status_reason text;
 ALTER TABLE keyvault.users ADD COLUMN erased_at timestamptz;
 ALTER TABLE keyvault.users ADD COLUMN erased_master_key integer;
@@ -115,6 +117,17 @@ REVOKE ALL ON FUNCTION keyvault.erase_user(user_id text, reason text) FROM PUBLI
 COMMENT ON FUNCTION keyvault.erase_user(text, text) IS
     'Destroys a user''s data keys, API keys, requests and answers, clears the personal fields of users and the metadata of usage records, and refuses the user from then on with KV007; usage, credits and the row of users stay. Nothing opens here any more once this is committed. Bytes of deleted rows, all of them encrypted or wrapped where they are keys, leave the disk with VACUUM and the recycling of WAL. Backups and WAL of before open with the master key of their time: for them the erasure is complete when that master key was retired, by rotation, and destroyed: see erasure_status. Errors: 42501, 22023 unknown user, 22004.';
 
+CREATE OR REPLACE FUNCTION keyvault._check_amount(amount numeric, at_least numeric) RETURNS void
+    LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    IF amount IS NULL OR amount = 'NaN' OR round(amount, 6) < at_least OR amount >= 1e12 THEN
+        RAISE EXCEPTION 'amount must be between % and 999999999999 credits', at_least
+            USING ERRCODE = 'invalid_parameter_value', HINT = 'Credits have six decimal places.';
+    END IF;
+END $$;
+
 CREATE OR REPLACE FUNCTION keyvault._refuse_change() RETURNS trigger
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
@@ -131,6 +144,85 @@ BEGIN
 END $$;
 
 COMMENT ON FUNCTION keyvault._refuse_change() IS 'Trigger that refuses UPDATE, DELETE and TRUNCATE of usage_records with 55000; only metadata may be emptied, as erase_user does.';
+
+CREATE OR REPLACE FUNCTION keyvault._make_usage_partition(month timestamptz) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+    SET lock_timeout = '100ms'
+AS $$
+DECLARE
+    partition text := keyvault._usage_partition_name(month);
+    until timestamptz := keyvault._period_bound(month, 1);
+BEGIN
+    -- The roll-up must not read usage_records with a plan from before the move and a snapshot from after it.
+    PERFORM FROM keyvault.usage_rollup FOR NO KEY UPDATE;
+    -- First of all, and not a weaker lock that is raised later, which would be a deadlock with whoever reads and then
+    -- inserts. An insert that waits at the default partition already would fail once the month has moved, and a reader
+    -- would go by a plan without the new partition: so they wait here.
+    LOCK TABLE ONLY keyvault.usage_records IN ACCESS EXCLUSIVE MODE;
+    EXECUTE format('CREATE TABLE keyvault.%I (LIKE keyvault.usage_records INCLUDING DEFAULTS, '
+                || 'CONSTRAINT this_month CHECK (created_at >= %L AND created_at < %L))', partition, month, until);
+    EXECUTE format('REVOKE ALL ON keyvault.%I FROM PUBLIC', partition);
+    EXECUTE format('ALTER TABLE keyvault.%I ENABLE ROW LEVEL SECURITY', partition);
+    EXECUTE format('COMMENT ON TABLE keyvault.%I IS %L', partition,
+                   'Usage of the month that begins at ' || to_char(month AT TIME ZONE 'UTC', 'YYYY-MM-DD') || ' UTC.');
+    IF EXISTS (SELECT FROM keyvault.usage_records_default WHERE created_at >= month AND created_at < until) THEN
+        -- Rows keep their debit_tag, and no trigger sees them: nothing is debited or counted again.
+        ALTER TABLE keyvault.usage_records_default DISABLE TRIGGER refuse_change;
+        EXECUTE format('WITH moved AS (DELETE FROM keyvault.usage_records_default WHERE created_at >= %L AND created_at < %L RETURNING *) '
+                    || 'INSERT INTO keyvault.%I SELECT * FROM moved', month, until, partition);
+        ALTER TABLE keyvault.usage_records_default ENABLE ALWAYS TRIGGER refuse_change;
+    END IF;
+    -- An insert under way may have chosen the default partition already, and would be refused there: none is, from here on.
+    LOCK TABLE ONLY keyvault.usage_records IN SHARE ROW EXCLUSIVE MODE;
+    EXECUTE format('ALTER TABLE keyvault.usage_records ATTACH PARTITION keyvault.%I FOR VALUES FROM (%L) TO (%L)', partition, month, until);
+    EXECUTE format('ALTER TABLE keyvault.%I DROP CONSTRAINT this_month', partition);
+    PERFORM keyvault._guard_partition(format('keyvault.%I', partition)::regclass);
+END $$;
+
+CREATE FUNCTION keyvault._settle_default_partition(max_rows bigint = 50000) RETURNS text
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    month timestamptz;
+BEGIN
+    -- The oldest month first, of those that are over, are kept, and have no table of their own.
+    SELECT m.month INTO month
+      FROM (SELECT date_trunc('month', d.created_at, 'UTC') AS month FROM keyvault.usage_records_default d
+             WHERE d.created_at < date_trunc('month', now(), 'UTC') AND d.created_at >= keyvault._usage_kept_from()
+             GROUP BY 1 HAVING max_rows IS NULL OR count(*) <= max_rows) m
+     WHERE to_regclass('keyvault.' || keyvault._usage_partition_name(m.month)) IS NULL
+     ORDER BY m.month LIMIT 1;
+    IF month IS NULL THEN
+        RETURN NULL;
+    END IF;
+    PERFORM keyvault._make_usage_partition(month);
+    RETURN keyvault._usage_partition_name(month);
+END $$;
+REVOKE ALL ON FUNCTION keyvault._settle_default_partition(max_rows bigint) FROM PUBLIC;
+
+COMMENT ON FUNCTION keyvault._settle_default_partition(bigint) IS
+    'Gives the oldest ended month that has rows in the default partition, max_rows at most (NULL for any number), a partition of its own, and returns its name; NULL when there is none. Inserts wait meanwhile. Error: 55P03 when a lock is not to be had within 100 ms.';
+
+ALTER TABLE keyvault.api_keys ADD COLUMN use_count bigint NOT NULL DEFAULT 0;
+
+COMMENT ON COLUMN keyvault.api_keys.last_used_at IS 'When the key was last looked up or called with; written within keyvault.key_use_flush_interval.';
+
+COMMENT ON COLUMN keyvault.api_keys.use_count IS 'How often the key was looked up or called with, platform and user alike; written as last_used_at is.';
+
+CREATE OR REPLACE VIEW keyvault.api_key_status WITH (security_invoker = true, security_barrier = true) AS
+SELECT k.user_id, k.provider, k.name, k.hint, k.status, k.source, k.id,
+       k.expires_at, k.last_used_at, k.last_verified_at, k.rotated_at, k.created_at,
+       coalesce(m.calls, 0) AS calls_this_month,
+       coalesce(m.cost_usd, 0) AS cost_usd_this_month,
+       k.problem, k.use_count
+  FROM keyvault.api_keys k
+  LEFT JOIN LATERAL (
+       SELECT count(*) AS calls, sum(r.cost_usd) AS cost_usd
+         FROM keyvault.usage_records r
+        WHERE r.user_id = k.user_id AND r.api_key_id = k.id
+          AND r.created_at >= date_trunc('month', now(), 'UTC')) m ON true;
 
 CREATE FUNCTION keyvault.rotate_data_key(user_id text) RETURNS integer
     LANGUAGE c VOLATILE PARALLEL UNSAFE STRICT
@@ -168,6 +260,45 @@ REVOKE ALL ON keyvault.erasure_status FROM PUBLIC;
 
 COMMENT ON VIEW keyvault.erasure_status IS
     'Erased users. Copies of their keys in backups and WAL from before erased_at open with the master key of master_key_version, or an earlier one: destroy every copy of those keys, once master_key_retired_at is set, and nothing opens them anywhere. For superusers.';
+
+-- When and how often keys are used: noted in shared memory, written in batches.
+
+CREATE FUNCTION keyvault._flush_key_use() RETURNS bigint
+    LANGUAGE c VOLATILE PARALLEL UNSAFE
+    AS 'MODULE_PATHNAME', 'keyvault_flush_key_use';
+REVOKE ALL ON FUNCTION keyvault._flush_key_use() FROM PUBLIC;
+
+COMMENT ON FUNCTION keyvault._flush_key_use() IS
+    'Writes the noted uses of this database''s keys to api_keys (last_used_at, use_count) now; returns for how many keys. Rows that are locked wait for the next flush. The worker does the same by itself.';
+
+CREATE OR REPLACE FUNCTION keyvault._use_usd(price keyvault.model_prices, input_tokens bigint, cached_tokens bigint, output_tokens bigint,
+                                  reasoning_tokens bigint, units numeric, OUT usd numeric, OUT used jsonb)
+    LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    tier jsonb := (SELECT t FROM jsonb_array_elements(price.context_tiers) t WHERE (t ->> 'over')::numeric < input_tokens
+                    ORDER BY (t ->> 'over')::numeric DESC LIMIT 1);
+    input_price numeric := coalesce((tier ->> 'input')::numeric, price.input_usd_per_mtok);
+    cached_price numeric := coalesce((tier ->> 'cached_input')::numeric, price.cached_input_usd_per_mtok, input_price);
+    output_price numeric := coalesce((tier ->> 'output')::numeric, price.output_usd_per_mtok);
+    reasoning_price numeric := coalesce((tier ->> 'reasoning')::numeric, price.reasoning_usd_per_mtok, output_price);
+    fresh bigint := coalesce(input_tokens, 0) - least(coalesce(cached_tokens, 0), coalesce(input_tokens, 0));
+    thought bigint := least(coalesce(reasoning_tokens, 0), coalesce(output_tokens, 0));
+BEGIN
+    IF price.model IS NULL THEN
+        RETURN;
+    END IF;
+    usd := least(round((fresh * input_price + (coalesce(input_tokens, 0) - fresh) * cached_price
+                        + (coalesce(output_tokens, 0) - thought) * output_price + thought * reasoning_price) / 1000000
+                       + price.usd_per_request + coalesce(units, 0) * price.usd_per_unit, 9), 999999999);
+    used := jsonb_strip_nulls(jsonb_build_object(
+        'provider', price.provider, 'model', price.model, 'valid_from', nullif(price.valid_from, '-infinity'),
+        'input', trim_scale(input_price), 'cached_input', trim_scale(nullif(cached_price, input_price)),
+        'output', trim_scale(output_price), 'reasoning', trim_scale(nullif(reasoning_price, output_price)),
+        'per_request', trim_scale(nullif(price.usd_per_request, 0)), 'per_unit', trim_scale(nullif(price.usd_per_unit, 0)),
+        'over', tier -> 'over'));
+END $$;
 
 CREATE OR REPLACE FUNCTION keyvault._enqueue_request(
     user_id text, request_id uuid, provider text, body jsonb, path text, model text, payer text, call_key bytea,
@@ -339,6 +470,124 @@ BEGIN
     RETURN true;
 END $$;
 
+CREATE OR REPLACE FUNCTION keyvault._maintain(job text, batch integer = 10000, OUT done bigint, OUT more boolean, OUT detail text)
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    more := false;
+    CASE job
+        WHEN 'partitions' THEN
+            done := keyvault._make_usage_partitions();
+            detail := CASE WHEN done > 0 THEN 'partitions made ahead' END;
+            IF done = 0 THEN
+                detail := 'moved out of the default partition into ' || keyvault._settle_default_partition();
+                done := (detail IS NOT NULL)::integer;
+            END IF;
+            more := done > 0;
+        WHEN 'roll-up' THEN
+            SELECT r.rolled, r.more INTO done, more FROM keyvault._roll_up_usage(2 * batch) r;
+            detail := 'records added to usage_daily';
+        WHEN 'retention' THEN
+            detail := 'retired ' || keyvault._retire_usage();
+            done := (detail IS NOT NULL)::integer;
+            more := done > 0;
+        WHEN 'reset' THEN
+            -- Few at a time: a debit of one of them waits for the batch.
+            done := keyvault._reset_due_credits(least(batch, 250));
+            more := done >= least(batch, 250);
+            detail := 'balances whose period ended';
+        WHEN 'purge' THEN
+            done := keyvault._purge(batch);
+            more := done >= batch;
+            detail := 'old requests, and users with expired holds';
+        ELSE
+            done := 0;
+    END CASE;
+EXCEPTION
+    WHEN lock_not_available THEN
+        done := 0;
+        more := false;
+        detail := 'waits for a lock';
+END $$;
+
+CREATE PROCEDURE keyvault.maintain(name text = NULL)
+    LANGUAGE c
+    AS 'MODULE_PATHNAME', 'keyvault_maintain';
+REVOKE ALL ON PROCEDURE keyvault.maintain(name text) FROM PUBLIC;
+
+COMMENT ON PROCEDURE keyvault.maintain(text) IS
+    'Does all that is due, or one job of it, and commits after each batch. A superuser calls it. Errors: 22023, 2D000 inside a transaction block, 42501.';
+
+-- pg_cron's tables are in one database of the cluster, often another one than this.
+
+CREATE FUNCTION keyvault.job_statements() RETURNS SETOF text
+    LANGUAGE sql STABLE
+BEGIN ATOMIC
+    SELECT format('SELECT cron.schedule_in_database(%L, %L, %L, %L);', 'keyvault ' || j.job || ' in ' || current_database(), j.schedule,
+                  format('CALL keyvault.maintain(%L)', j.job), current_database())
+      FROM keyvault._maintenance_job j ORDER BY j.place;
+END;
+REVOKE ALL ON FUNCTION keyvault.job_statements() FROM PUBLIC;
+
+COMMENT ON FUNCTION keyvault.job_statements() IS
+    'The statements that register this database''s maintenance with pg_cron 1.4 or later, to be run in pg_cron''s own database. Run again they change nothing.';
+
+CREATE FUNCTION keyvault._require_cron() RETURNS void
+    LANGUAGE plpgsql STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    IF to_regprocedure('cron.schedule_in_database(text, text, text, text, text, boolean)') IS NULL THEN
+        RAISE EXCEPTION 'pg_cron is not in this database'
+            USING ERRCODE = 'object_not_in_prerequisite_state',
+                  DETAIL = 'The worker of keyvault does the same jobs without it.',
+                  HINT = CASE WHEN coalesce(current_setting('cron.database_name', true), current_database()) = current_database()
+                              THEN 'Install pg_cron 1.4 or later, and run CREATE EXTENSION pg_cron.'
+                              ELSE format('Run what SELECT keyvault.job_statements() returns in database "%s", where pg_cron is.',
+                                          current_setting('cron.database_name', true)) END;
+    END IF;
+END $$;
+REVOKE ALL ON FUNCTION keyvault._require_cron() FROM PUBLIC;
+
+COMMENT ON FUNCTION keyvault._require_cron() IS 'Raises 55000 where pg_cron is not, and says how to go on.';
+
+CREATE FUNCTION keyvault.schedule_jobs() RETURNS TABLE (job text, schedule text, command text)
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    statement text;
+BEGIN
+    PERFORM keyvault._require_cron();
+    FOR statement IN SELECT keyvault.job_statements() LOOP
+        EXECUTE statement;
+    END LOOP;
+    RETURN QUERY EXECUTE $sql$SELECT c.jobname::text, c.schedule, c.command FROM cron.job c
+                               WHERE c.database = current_database() AND c.jobname ~ '^keyvault .* in ' ORDER BY c.jobid$sql$;
+END $$;
+REVOKE ALL ON FUNCTION keyvault.schedule_jobs() FROM PUBLIC;
+
+COMMENT ON FUNCTION keyvault.schedule_jobs() IS
+    'Registers this database''s maintenance with pg_cron, a job for each kind, under the calling role, and returns the jobs; again, it changes nothing. A superuser calls it, in the database that pg_cron is in; for others see job_statements(). Errors: 42501, 55000 where pg_cron is not.';
+
+CREATE FUNCTION keyvault.unschedule_jobs() RETURNS bigint
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    removed bigint;
+BEGIN
+    PERFORM keyvault._require_cron();
+    EXECUTE $sql$SELECT count(cron.unschedule(c.jobid)) FROM cron.job c
+                  WHERE c.database = current_database() AND c.jobname ~ '^keyvault .* in '$sql$ INTO removed;
+    RETURN removed;
+END $$;
+REVOKE ALL ON FUNCTION keyvault.unschedule_jobs() FROM PUBLIC;
+
+COMMENT ON FUNCTION keyvault.unschedule_jobs() IS
+    'Takes this database''s maintenance out of pg_cron, and returns how many jobs there were. Errors: 42501, 55000 where pg_cron is not.';
+
 -- Every grant of the extension. Nothing is PUBLIC's; access is given by grant_access.
 
 CREATE OR REPLACE FUNCTION keyvault._access_statements(access text) RETURNS SETOF text
@@ -384,7 +633,7 @@ BEGIN
     END IF;
     IF access IN ('app', 'user', 'admin') THEN
         RETURN NEXT 'SELECT (user_id, id, provider, name, hint, source, status, expires_at, last_used_at, last_verified_at, rotated_at, '
-                 || 'created_at, updated_at, problem) ON keyvault.api_keys';
+                 || 'created_at, updated_at, problem, use_count) ON keyvault.api_keys';
         RETURN NEXT 'SELECT ON keyvault.api_key_status, keyvault.api_keys_due';
     END IF;
     IF access = 'app' THEN
