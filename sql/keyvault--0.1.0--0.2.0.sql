@@ -224,13 +224,37 @@ SELECT k.user_id, k.provider, k.name, k.hint, k.status, k.source, k.id,
         WHERE r.user_id = k.user_id AND r.api_key_id = k.id
           AND r.created_at >= date_trunc('month', now(), 'UTC')) m ON true;
 
+CREATE TABLE keyvault.rotation_requests (
+    user_id  text COLLATE "C" NOT NULL,
+    what     text NOT NULL CHECK (what IN ('master_key', 'data_key')),
+    asked_at timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (user_id, what)
+);
+
+COMMENT ON TABLE keyvault.rotation_requests IS
+    'Rotations that were asked for while keyvault.reveal was off, until the worker has done them. The user '''' is the platform, and the master key''s.';
+
+SELECT pg_catalog.pg_extension_config_dump('keyvault.rotation_requests', '');
+
+ALTER TABLE keyvault.rotation_requests ENABLE ROW LEVEL SECURITY;
+
+CREATE FUNCTION keyvault._may_open_keys() RETURNS boolean
+    LANGUAGE c STABLE
+    AS 'MODULE_PATHNAME', 'keyvault_may_open_keys';
+REVOKE ALL ON FUNCTION keyvault._may_open_keys() FROM PUBLIC;
+
+COMMENT ON FUNCTION keyvault._may_open_keys() IS 'True where keys can be opened: in every session, or, with keyvault.reveal off, in the worker alone.';
+
+COMMENT ON FUNCTION keyvault.rotate_master_key() IS
+    'Makes the first of the loaded master keys the one that wraps, wraps every data key of another again, and retires those that wrap nothing any more; returns how many data keys were wrapped; NULL with keyvault.reveal off, when the worker does it. In one transaction, which waits for, and then keeps back, those who store a first key of a user: for large vaults CALL keyvault.rotate_master_key(batch). A superuser calls it. Errors: KV004 a master key is not loaded, 55000 the first one was retired, 25000 isolation level, 42501 keyvault.reveal is off.';
+
 CREATE FUNCTION keyvault.rotate_data_key(user_id text) RETURNS integer
     LANGUAGE c VOLATILE PARALLEL UNSAFE STRICT
     AS 'MODULE_PATHNAME', 'keyvault_rotate_data_key';
 REVOKE ALL ON FUNCTION keyvault.rotate_data_key(user_id text) FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault.rotate_data_key(text) IS
-    'Seals a user''s secrets again, under a new version of the data key, and deletes the version before; returns the new version, NULL for a user without a data key. The user '''' is the platform. A secret that does not open is left as it is, with a warning, and its data key with it. Access admin, or the right to act for any user. Errors: KV004, KV005 the data key cannot be opened, 25000 isolation level, 42501.';
+    'Seals a user''s secrets again, under a new version of the data key, and deletes the version before; returns the new version, NULL for a user without a data key, and with keyvault.reveal off, when the worker does it. The user '''' is the platform. A secret that does not open is left as it is, with a warning, and its data key with it. Access admin, or the right to act for any user. Errors: KV004, KV005 the data key cannot be opened, 25000 isolation level, 42501.';
 
 CREATE FUNCTION keyvault.rotate_data_keys(older_than interval, batch integer = 100) RETURNS integer
     LANGUAGE c VOLATILE PARALLEL UNSAFE STRICT
@@ -239,6 +263,45 @@ REVOKE ALL ON FUNCTION keyvault.rotate_data_keys(older_than interval, batch inte
 
 COMMENT ON FUNCTION keyvault.rotate_data_keys(interval, integer) IS
     'rotate_data_key for up to batch users, 1 to 10000, whose data key is older than older_than, the oldest first; returns how many, 0 when all is done. A user whose data key cannot be opened is passed over with a warning KV005. Access admin, or the right to act for any user. Errors: KV004, 22023, 25000, 42501.';
+
+CREATE FUNCTION keyvault._rotate_due(batch integer, OUT done integer, OUT more boolean)
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    oldest constant interval := current_setting('keyvault.data_key_max_age')::interval;
+    asked keyvault.rotation_requests;
+BEGIN
+    done := 0;
+    more := false;
+    IF NOT keyvault._may_open_keys() THEN
+        RETURN;
+    END IF;
+    FOR asked IN SELECT * FROM keyvault.rotation_requests r ORDER BY r.asked_at, r.user_id LIMIT batch FOR UPDATE SKIP LOCKED LOOP
+        BEGIN
+            IF asked.what = 'master_key' THEN
+                PERFORM keyvault.rotate_master_key();
+            ELSE
+                PERFORM keyvault.rotate_data_key(asked.user_id);
+            END IF;
+            DELETE FROM keyvault.rotation_requests r WHERE r.user_id = asked.user_id AND r.what = asked.what;
+            done := done + 1;
+        EXCEPTION
+            -- One that cannot be done must not hold up the others; it is tried again.
+            WHEN SQLSTATE 'KV004' OR SQLSTATE 'KV005' OR object_not_in_prerequisite_state THEN
+                RAISE WARNING 'rotation of the % of user "%" failed: %', replace(asked.what, '_', ' '), asked.user_id, SQLERRM
+                    USING ERRCODE = SQLSTATE, HINT = 'It is tried again. A superuser gives it up with DELETE FROM keyvault.rotation_requests.';
+        END;
+    END LOOP;
+    IF oldest > '0' AND done < batch THEN
+        done := done + keyvault.rotate_data_keys(oldest, batch - done);
+    END IF;
+    more := done >= batch;
+END $$;
+REVOKE ALL ON FUNCTION keyvault._rotate_due(batch integer, OUT done integer, OUT more boolean) FROM PUBLIC;
+
+COMMENT ON FUNCTION keyvault._rotate_due(integer) IS
+    'Does up to batch of the rotations that were asked for, and of data keys older than keyvault.data_key_max_age: how many, and whether there may be more. Nothing where keys cannot be opened.';
 
 CREATE VIEW keyvault.api_keys_due WITH (security_invoker = true, security_barrier = true) AS
 SELECT k.provider, k.name, k.user_id, k.expires_at,
@@ -501,8 +564,9 @@ BEGIN
             done := keyvault._purge(batch);
             more := done >= batch;
             detail := 'old requests, and users with expired holds';
-        ELSE
-            done := 0;
+        WHEN 'rotation' THEN
+            SELECT r.done, r.more INTO done, more FROM keyvault._rotate_due(least(batch, 20)) r;
+            detail := 'keys rotated';
     END CASE;
 EXCEPTION
     WHEN lock_not_available THEN
