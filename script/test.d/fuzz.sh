@@ -50,6 +50,7 @@ seed_target() {
 		env_file)
 			printf '\x14sk-live-0123456789ab# comment\nexport A="x\\n y" # z\r\nOPENAI_API_KEY='"'"'q'"'"'\n\na.b-c: `1\n2`\nexport=3\nA=4' > "$2/all"
 			printf '\xef\xbb\xbfA=1\nA=2\n' > "$2/mark"
+			printf '\nA\nA=2\n=3\n' > "$2/rejoined"
 			;;
 		master_key)
 			printf '%064d\n' 1 > "$2/one"

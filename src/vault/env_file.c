@@ -422,7 +422,7 @@ kv_env_file_set(const char *bytes, Size length, const char *name, const char *va
 
 /*
  * Remove the lines that assign a name, writing the rest to out, which takes length bytes.
- * False when that would change what others are assigned.
+ * False when that would change what others are assigned, or assign the name anew.
  */
 bool
 kv_env_file_remove(const char *bytes, Size length, const char *name, char *out, Size *out_length)
@@ -450,5 +450,7 @@ kv_env_file_remove(const char *bytes, Size length, const char *name, char *out, 
 		copied = end;
 	}
 	*out_length = put(out, n, bytes + copied, length - copied);
-	return others_are_kept(bytes, length, out, *out_length, name);
+	/* Lines that were apart may now make an assignment: a name in one, and in the next its "=". */
+	return !kv_env_file_find(out, *out_length, name, &text, &assignment) &&
+		others_are_kept(bytes, length, out, *out_length, name);
 }
