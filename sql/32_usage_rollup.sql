@@ -20,8 +20,9 @@ COMMENT ON COLUMN keyvault.usage_rollup.rolled_to IS 'Rows with a debit_tag of t
 COMMENT ON COLUMN keyvault.usage_rollup.tag_span IS 'How many transactions the next batch takes, so that it has some ten thousand rows.';
 COMMENT ON COLUMN keyvault.usage_rollup.rolled_at IS 'When rolled_to last moved.';
 INSERT INTO keyvault.usage_rollup (tag_base, rolled_to)
-SELECT base, base + pg_current_xact_id()::text::bigint
-  FROM (SELECT (1 + floor(random() * 32767))::bigint << 48) b(base);
+-- Transactions that have begun already may write records too.
+SELECT base, base + pg_snapshot_xmin(pg_current_snapshot())::text::bigint
+  FROM (SELECT (1 + floor(random() * 32766))::bigint << 48) b(base);
 
 CREATE TABLE keyvault.usage_daily (
     user_id         text COLLATE "C" NOT NULL,
