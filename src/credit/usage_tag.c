@@ -92,7 +92,8 @@ kv_usage_tag(void)
 {
 	FullTransactionId xid = GetTopFullTransactionId();
 
-	if (!FullTransactionIdEquals(xid, tagged))
+	/* Without a base, an update of the extension may have brought one within this transaction. */
+	if (!FullTransactionIdEquals(xid, tagged) || !OidIsValid(cached_table))
 	{
 		tag = tag_base() + (int64) (U64FromFullTransactionId(xid) & ((UINT64CONST(1) << KV_USAGE_TAG_XID_BITS) - 1));
 		tagged = xid;

@@ -112,6 +112,9 @@ Datum
 keyvault_set_plan(PG_FUNCTION_ARGS)
 {
 	static KvStatement set_plan = {"SELECT keyvault._set_plan($1, $2, $3)", 3, {TEXTOID, TEXTOID, NUMERICOID}};
+	/* The SQL of version 0.1.0 has no credits of a user's own. */
+	static KvStatement set_plan_alone = {"SELECT keyvault._set_plan($1, $2)", 2, {TEXTOID, TEXTOID}};
+	bool		is_alone = PG_NARGS() == 2;
 	Datum		values[3];
 	KvOwnerScope scope;
 
@@ -122,10 +125,10 @@ keyvault_set_plan(PG_FUNCTION_ARGS)
 				 errhint("Pass the user and the name of a plan in keyvault.plans.")));
 	(void) kv_identity_check_user_id(PG_GETARG_TEXT_PP(0));
 	require_account_rights();
-	for (int i = 0; i < 3; i++)
+	for (int i = 0; i < PG_NARGS(); i++)
 		values[i] = PG_ARGISNULL(i) ? (Datum) 0 : PG_GETARG_DATUM(i);
 	kv_owner_begin(&scope);
-	kv_statement_execute(&set_plan, values, PG_ARGISNULL(2) ? "  n" : NULL);
+	kv_statement_execute(is_alone ? &set_plan_alone : &set_plan, values, !is_alone && PG_ARGISNULL(2) ? "  n" : NULL);
 	kv_owner_end(&scope);
 	PG_RETURN_VOID();
 }

@@ -18,6 +18,7 @@
 #include "base/error.h"
 #include "base/owner_spi.h"
 #include "base/settings.h"
+#include "catalog/namespace.h"
 #include "catalog/pg_type.h"
 #include "fmgr.h"
 #include "miscadmin.h"
@@ -26,6 +27,7 @@
 #include "storage/lwlock.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
+#include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 
@@ -345,25 +347,41 @@ take_batch(void)
 	return batch;
 }
 
+/* Set columns of the keys that notes are about; returns the notes whose rows are locked. */
+#define WRITE_USES(set_count) \
+	"WITH n AS (SELECT * FROM unnest($1, $2, $3, $4) WITH ORDINALITY n (user_id, id, last, uses, ordinal))," \
+	" free AS (SELECT k.user_id, k.id FROM keyvault.api_keys k WHERE (k.user_id, k.id) IN (SELECT n.user_id, n.id FROM n)" \
+	"  ORDER BY k.user_id, k.id FOR NO KEY UPDATE SKIP LOCKED)," \
+	" written AS (UPDATE keyvault.api_keys k SET " set_count "last_used_at = greatest(k.last_used_at, n.last)" \
+	"  FROM n JOIN free USING (user_id, id) WHERE k.user_id = n.user_id AND k.id = n.id RETURNING n.ordinal)" \
+	" SELECT n.ordinal FROM n WHERE n.ordinal NOT IN (SELECT ordinal FROM written)" \
+	"  AND EXISTS (SELECT FROM keyvault.api_keys k WHERE k.user_id = n.user_id AND k.id = n.id)"
+
+/* Whether api_keys has the column use_count: the SQL of version 0.1.0 has not. */
+static bool
+counts_uses(void)
+{
+	Oid			table = get_relname_relid("api_keys", get_namespace_oid("keyvault", false));
+
+	return get_attnum(table, "use_count") != InvalidAttrNumber;
+}
+
 /* Write a batch to api_keys; notes whose row is locked go back to the table. Returns how many were written. */
 static int
 write_batch(Batch *batch)
 {
 	static KvStatement update = {
-		"WITH n AS (SELECT * FROM unnest($1, $2, $3, $4) WITH ORDINALITY n (user_id, id, last, uses, ordinal)),"
-		" free AS (SELECT k.user_id, k.id FROM keyvault.api_keys k WHERE (k.user_id, k.id) IN (SELECT n.user_id, n.id FROM n)"
-		"  ORDER BY k.user_id, k.id FOR NO KEY UPDATE SKIP LOCKED),"
-		" written AS (UPDATE keyvault.api_keys k SET use_count = k.use_count + n.uses, last_used_at = greatest(k.last_used_at, n.last)"
-		"  FROM n JOIN free USING (user_id, id) WHERE k.user_id = n.user_id AND k.id = n.id RETURNING n.ordinal)"
-		" SELECT n.ordinal FROM n WHERE n.ordinal NOT IN (SELECT ordinal FROM written)"
-		"  AND EXISTS (SELECT FROM keyvault.api_keys k WHERE k.user_id = n.user_id AND k.id = n.id)",
+		WRITE_USES("use_count = k.use_count + n.uses, "),
 		4, {TEXTARRAYOID, UUIDARRAYOID, TIMESTAMPTZARRAYOID, INT8ARRAYOID}
+	};
+	static KvStatement update_without_count = {
+		WRITE_USES(""), 4, {TEXTARRAYOID, UUIDARRAYOID, TIMESTAMPTZARRAYOID, INT8ARRAYOID}
 	};
 	Datum		arrays[4];
 	int			locked;
 
 	make_arrays(batch->notes, batch->n, arrays);
-	locked = (int) kv_statement_execute(&update, arrays, NULL);
+	locked = (int) kv_statement_execute(counts_uses() ? &update : &update_without_count, arrays, NULL);
 	for (int i = 0; i < locked; i++)
 	{
 		bool		isnull;
