@@ -1,8 +1,10 @@
 -- Usage for people: by day, model, month and payer, what it earns, and what is out of the ordinary. Each view is exact
 -- at any time: it reads what is added up already and the records that are not.
 
+-- The collations of 0.1.0: an update cannot replace the view with others.
 CREATE VIEW keyvault.usage_by_day WITH (security_invoker = true, security_barrier = true) AS
-SELECT u.user_id, u.day, nullif(u.provider, '') AS provider, nullif(u.model, '') AS model, u.type, u.payer,
+SELECT u.user_id, u.day, nullif(u.provider, '') COLLATE "default" AS provider, nullif(u.model, '') COLLATE "default" AS model,
+       u.type COLLATE "default" AS type, u.payer COLLATE "default" AS payer,
        sum(u.calls)::bigint AS calls, sum(u.input_tokens)::bigint AS input_tokens, sum(u.cached_tokens)::bigint AS cached_tokens,
        sum(u.output_tokens)::bigint AS output_tokens, sum(u.tokens)::bigint AS tokens,
        sum(u.credits) AS credits, sum(u.cost_usd) AS cost_usd, sum(u.credits_overrun) AS credits_overrun
