@@ -83,27 +83,12 @@ CREATE TABLE keyvault.plans (
     price_usd       numeric(12,2) CHECK (price_usd >= 0 AND price_usd < 'Infinity'),
     credits_per_usd numeric(18,6) NOT NULL DEFAULT 1000 CHECK (credits_per_usd >= 0 AND credits_per_usd < 'Infinity'),
     own_key_rate    numeric(9,6) NOT NULL DEFAULT 0 CHECK (own_key_rate >= 0 AND own_key_rate < 'Infinity'),
-    seeded          boolean NOT NULL DEFAULT false,
-    infrastructure_usd numeric(18,9) NOT NULL DEFAULT 0 CHECK (infrastructure_usd >= 0 AND infrastructure_usd < 'Infinity'),
-    margin          numeric(9,6) NOT NULL DEFAULT 0 CHECK (margin >= 0 AND margin < 'Infinity'),
-    overage         text NOT NULL DEFAULT 'block' CHECK (overage IN ('block', 'report')),
-    unknown_model   text NOT NULL DEFAULT 'charge' CHECK (unknown_model IN ('charge', 'refuse', 'allow')),
-    unknown_model_usd_per_mtok numeric(18,9) NOT NULL DEFAULT 20
-                    CHECK (unknown_model_usd_per_mtok > 0 AND unknown_model_usd_per_mtok < 'Infinity'),
-    notice_percents integer[] NOT NULL DEFAULT '{50,80,100}' CHECK (1 <= ALL (notice_percents) AND 100 >= ALL (notice_percents))
+    seeded          boolean NOT NULL DEFAULT false
 );
 COMMENT ON TABLE keyvault.plans IS 'What a user may spend in a month, and what provider cost is worth in credits.';
 COMMENT ON COLUMN keyvault.plans.monthly_credits IS 'Credits per period; NULL is unlimited. A change reaches each user at the next period or set_plan.';
 COMMENT ON COLUMN keyvault.plans.price_usd IS 'What the plan costs its user per month, in USD; NULL where it is negotiated.';
-COMMENT ON COLUMN keyvault.plans.credits_per_usd IS
-    'Credits per USD: a use is debited (provider cost + infrastructure_usd) * (1 + margin) * credits_per_usd.';
-COMMENT ON COLUMN keyvault.plans.infrastructure_usd IS 'Cost of the application''s own per priced use, in USD, whoever pays the provider.';
-COMMENT ON COLUMN keyvault.plans.margin IS 'What is earned on top of both costs, as a fraction of them; 0.2 is 20 percent.';
-COMMENT ON COLUMN keyvault.plans.overage IS 'At the limit: block refuses with KV001; report debits on, and credit_status and credit_periods say how far beyond.';
-COMMENT ON COLUMN keyvault.plans.unknown_model IS
-    'What a use costs whose model has no price: charge by unknown_model_usd_per_mtok, with a WARNING; refuse with 22023; allow for nothing, with a WARNING.';
-COMMENT ON COLUMN keyvault.plans.unknown_model_usd_per_mtok IS 'USD per million tokens of any kind, for a model without a price.';
-COMMENT ON COLUMN keyvault.plans.notice_percents IS 'Parts of a period''s credits, in percent, whose use is noted in credit_notices, once a period.';
+COMMENT ON COLUMN keyvault.plans.credits_per_usd IS 'Credits debited per USD of provider cost: cost, infrastructure and margin together.';
 COMMENT ON COLUMN keyvault.plans.own_key_rate IS 'Part of those credits debited when the call used the user''s own key; 0 is free.';
 COMMENT ON COLUMN keyvault.plans.seeded IS 'Shipped with the extension and not changed since.';
 
@@ -150,13 +135,11 @@ CREATE TABLE keyvault.users (
     stripe_price_id           text,
     stripe_current_period_end timestamptz,
     created_at timestamptz NOT NULL DEFAULT now(),
-    updated_at timestamptz NOT NULL DEFAULT now(),
-    monthly_credits numeric(18,6) CHECK (monthly_credits >= 0 AND monthly_credits < 'Infinity')
+    updated_at timestamptz NOT NULL DEFAULT now()
 );
 COMMENT ON TABLE keyvault.users IS 'Who owns keys and credits: a person or an organization, named by the application.';
 COMMENT ON COLUMN keyvault.users.user_id IS 'The application''s own name for the user: 1 to 255 bytes, never changed.';
 COMMENT ON COLUMN keyvault.users.status IS 'active; suspended: no calls; erased: keys destroyed.';
-COMMENT ON COLUMN keyvault.users.monthly_credits IS 'Credits per period agreed with this user; NULL: the plan''s. Set by set_plan.';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.users', '');
 
 ALTER TABLE keyvault.users ENABLE ROW LEVEL SECURITY;
@@ -198,7 +181,7 @@ BEGIN
        SET email = coalesce($2, u.email), name = coalesce($3, u.name), image = coalesce($4, u.image), updated_at = now();
     PERFORM keyvault._create_balance($1);
     IF $5 IS NOT NULL THEN
-        PERFORM keyvault._set_plan($1, $5, NULL);
+        PERFORM keyvault._set_plan($1, $5);
     END IF;
     RETURN $1;
 END $$;
@@ -210,53 +193,36 @@ CREATE FUNCTION keyvault.upsert_user(user_id text, email text = NULL, name text 
 COMMENT ON FUNCTION keyvault.upsert_user(text, text, text, text, text) IS
     'Makes a user, on plan free unless plan names another, or changes the fields given (NULL leaves a field as it is); returns user_id. Errors: 42501 without the right to act for any user or access admin, 22023 for an unknown plan or a bad user_id.';
 
-CREATE FUNCTION keyvault._set_plan(user_id text, plan text, monthly_credits numeric) RETURNS void
+CREATE FUNCTION keyvault._set_plan(user_id text, plan text) RETURNS void
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
 #variable_conflict use_column
 DECLARE
-    u keyvault.users;
-    b keyvault.credit_balances;
-    agreed numeric;
-    used numeric;
+    credits numeric;
 BEGIN
-    SELECT coalesce($3, p.monthly_credits) INTO agreed FROM keyvault.plans p WHERE p.plan = $2;
+    SELECT p.monthly_credits INTO credits FROM keyvault.plans p WHERE p.plan = $2;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'unknown plan "%"', $2
             USING ERRCODE = 'invalid_parameter_value',
                   HINT = format('Known plans: %s. An administrator adds one with INSERT INTO keyvault.plans.',
                                 (SELECT string_agg(p.plan, ', ' ORDER BY p.plan) FROM keyvault.plans p));
     END IF;
-    IF $3 < 0 OR $3 >= 1e12 OR $3 = 'NaN' THEN
-        RAISE EXCEPTION 'monthly credits must be between 0 and 999999999999'
-            USING ERRCODE = 'invalid_parameter_value', HINT = 'Leave monthly_credits out for the plan''s own.';
-    END IF;
-    SELECT * INTO u FROM keyvault.users WHERE user_id = $1 FOR NO KEY UPDATE;
+    UPDATE keyvault.users u SET plan = $2, updated_at = now() WHERE u.user_id = $1;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'user "%" does not exist', $1
             USING ERRCODE = 'invalid_parameter_value', HINT = 'Create it with keyvault.upsert_user().';
     END IF;
-    -- What was due before is done under the plan before.
-    b := keyvault._spend_extra(keyvault._lock_balance($1, false));
-    IF b.monthly_credits IS DISTINCT FROM agreed + b.credits_covered OR u.plan <> $2 THEN
-        used := b.credits_used - b.extra_spent;
-        PERFORM keyvault._close_stretch(b, u.plan, 'plan', now(),
-                                        CASE WHEN b.monthly_credits IS NULL OR agreed IS NULL THEN 0
-                                             ELSE greatest(least(used - b.monthly_credits, used - agreed), 0) END);
-        b.credits_covered := CASE WHEN agreed IS NULL THEN 0 ELSE greatest(used - agreed, 0) END;
-        b.monthly_credits := agreed + b.credits_covered;
-    END IF;
-    UPDATE keyvault.users SET plan = $2, monthly_credits = $3, updated_at = now() WHERE user_id = $1;
-    PERFORM keyvault._save_balance(b);
+    PERFORM keyvault._lock_balance($1, false);
+    UPDATE keyvault.credit_balances b SET monthly_credits = credits WHERE b.user_id = $1;
 END $$;
-COMMENT ON FUNCTION keyvault._set_plan(text, text, numeric) IS 'set_plan, after its caller was checked.';
+COMMENT ON FUNCTION keyvault._set_plan(text, text) IS 'set_plan, after its caller was checked.';
 
-CREATE FUNCTION keyvault.set_plan(user_id text, plan text, monthly_credits numeric = NULL) RETURNS void
-    LANGUAGE c VOLATILE PARALLEL UNSAFE
+CREATE FUNCTION keyvault.set_plan(user_id text, plan text) RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE STRICT
     AS 'MODULE_PATHNAME', 'keyvault_set_plan';
-COMMENT ON FUNCTION keyvault.set_plan(text, text, numeric) IS
-    'Puts a user on a plan at once: its monthly credits, or those agreed with the user, count from now; what was used this period stays used, and what an earlier plan or a grant paid for stays paid. Errors: 42501, 22004, 22023 for an unknown user or plan or a bad amount.';
+COMMENT ON FUNCTION keyvault.set_plan(text, text) IS
+    'Puts a user on a plan at once: its monthly credits count from now, what was used this period stays used. Errors: 42501, 22023 for an unknown user or plan.';
 -- Balances, periods, holds and the debit.
 
 -- Written by this extension's own functions alone, with amounts that usage_records and
@@ -271,88 +237,39 @@ CREATE TABLE keyvault.credit_balances (
     period_anchor   timestamptz NOT NULL,
     period_start    timestamptz NOT NULL,
     period_end      timestamptz NOT NULL,
-    due_at          timestamptz NOT NULL,
-    notice_at       numeric(18,6),
-    credits_lent    numeric(18,6) NOT NULL DEFAULT 0,
-    credits_covered numeric(18,6) NOT NULL DEFAULT 0,
-    extra_spent     numeric(18,6) NOT NULL DEFAULT 0,
     PRIMARY KEY (user_id, slot)
 ) WITH (fillfactor = 70);
 COMMENT ON TABLE keyvault.credit_balances IS
     'The hot row of each user''s credits, changed by the debit on usage_records. fillfactor leaves room for heap-only updates.';
-COMMENT ON COLUMN keyvault.credit_balances.slot IS
-    '0: the balance. Above 0: room that slot 0 lent to a busy user''s further slot, as that slot''s monthly_credits; a user''s credits_used is the sum over slots.';
-COMMENT ON COLUMN keyvault.credit_balances.monthly_credits IS 'What may be used in this period before extra credits are: the plan''s credits and credits_covered; NULL is unlimited.';
+COMMENT ON COLUMN keyvault.credit_balances.slot IS 'Part of the balance; one part, 0, per user.';
+COMMENT ON COLUMN keyvault.credit_balances.monthly_credits IS 'The plan''s credits for this period; NULL is unlimited.';
 COMMENT ON COLUMN keyvault.credit_balances.extra_credits IS 'Credits beyond the plan: spent after the monthly ones, kept at a reset.';
 COMMENT ON COLUMN keyvault.credit_balances.credits_used IS 'Credits debited since period_start.';
 COMMENT ON COLUMN keyvault.credit_balances.credits_held IS 'Sum of credit_holds, expired ones included until credits run short, which sweeps them.';
-COMMENT ON COLUMN keyvault.credit_balances.due_at IS
-    'When the row has to be looked at before more is debited: at the period''s end, or earlier when a grant expires.';
-COMMENT ON COLUMN keyvault.credit_balances.notice_at IS
-    'A debit that takes credits_used beyond it goes the slow way: the next threshold to note less one micro-credit; below 0 when every debit has to, of zero credits too, because the user has budgets; NULL: none.';
-COMMENT ON COLUMN keyvault.credit_balances.credits_lent IS
-    'Room given to further slots; above 0 exactly while there are any, for an unlimited user too, for whom it has no other meaning.';
-COMMENT ON COLUMN keyvault.credit_balances.credits_covered IS 'The part of monthly_credits that an earlier, larger plan of the same period paid for.';
-COMMENT ON COLUMN keyvault.credit_balances.extra_spent IS 'The part of extra_credits that was taken from grants in this period already.';
 COMMENT ON COLUMN keyvault.credit_balances.period_anchor IS 'Period n begins at period_anchor + n months, in UTC.';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.credit_balances', '');
 
-CREATE INDEX credit_balances_due ON keyvault.credit_balances (due_at) WHERE slot = 0;
-
--- What a balance was before a period or a plan ended: with it, history can be proved.
-CREATE TABLE keyvault.credit_periods (
-    user_id         text COLLATE "C" NOT NULL,
-    id              uuid NOT NULL DEFAULT keyvault.uuidv7(),
-    ended_by        text NOT NULL CHECK (ended_by IN ('period', 'plan')),
-    plan            text COLLATE "C" NOT NULL,
-    period_start    timestamptz NOT NULL,
-    period_end      timestamptz NOT NULL,
-    ended_at        timestamptz NOT NULL,
-    monthly_credits numeric(18,6),
-    credits_covered numeric(18,6) NOT NULL,
-    credits_used    numeric(18,6) NOT NULL,
-    extra_spent     numeric(18,6) NOT NULL,
-    overage         numeric(18,6) NOT NULL,
+CREATE TABLE keyvault.credit_holds (
+    user_id    text COLLATE "C" NOT NULL,
+    id         uuid NOT NULL DEFAULT keyvault.uuidv7(),
+    amount     numeric(18,6) NOT NULL CHECK (amount >= 0 AND amount < 'Infinity'),
+    created_at timestamptz NOT NULL DEFAULT now(),
+    expires_at timestamptz NOT NULL,
     PRIMARY KEY (user_id, id)
 );
-COMMENT ON TABLE keyvault.credit_periods IS
-    'Append-only history: one row when a period in which credits were used ends, and one when a plan changes within a period.';
-COMMENT ON COLUMN keyvault.credit_periods.ended_by IS 'period: at period_end; plan: by set_plan within the period.';
-COMMENT ON COLUMN keyvault.credit_periods.ended_at IS 'Until when the plan and monthly_credits of the row were in force.';
-COMMENT ON COLUMN keyvault.credit_periods.monthly_credits IS 'What could be used before grants were, credits_covered among it; NULL was unlimited.';
-COMMENT ON COLUMN keyvault.credit_periods.credits_used IS 'Credits debited from period_start to ended_at.';
-COMMENT ON COLUMN keyvault.credit_periods.extra_spent IS 'The part of credits_used that grants paid for.';
-COMMENT ON COLUMN keyvault.credit_periods.overage IS 'The part of credits_used beyond plan and grants, on a plan with overage report.';
-SELECT pg_catalog.pg_extension_config_dump('keyvault.credit_periods', '');
-
-CREATE TABLE keyvault.credit_notices (
-    user_id       text COLLATE "C" NOT NULL,
-    period_start  timestamptz NOT NULL,
-    percent       integer NOT NULL,
-    credits_used  numeric(18,6) NOT NULL,
-    credits_limit numeric(18,6) NOT NULL,
-    noted_at      timestamptz NOT NULL DEFAULT now(),
-    PRIMARY KEY (user_id, period_start, percent)
-);
-COMMENT ON TABLE keyvault.credit_notices IS
-    'For alerts: which part of a period''s credits was used up when, once each per period. plans.notice_percents says which parts.';
-COMMENT ON COLUMN keyvault.credit_notices.percent IS 'Percent of monthly and extra credits together, of the time when it was reached.';
-SELECT pg_catalog.pg_extension_config_dump('keyvault.credit_notices', '');
+COMMENT ON TABLE keyvault.credit_holds IS 'Credits set aside for calls whose cost is not known yet; a row goes when it is settled or released.';
+COMMENT ON COLUMN keyvault.credit_holds.expires_at IS 'From then on the hold no longer counts; infinity while its request is queued or running.';
+SELECT pg_catalog.pg_extension_config_dump('keyvault.credit_holds', '');
 
 ALTER TABLE keyvault.credit_balances ENABLE ROW LEVEL SECURITY;
 CREATE POLICY own_rows ON keyvault.credit_balances FOR SELECT
     USING (user_id = (SELECT keyvault.current_user_id()));
 CREATE POLICY read_by_access ON keyvault.credit_balances FOR SELECT
     USING ((SELECT keyvault._may_read_all_usage()));
-ALTER TABLE keyvault.credit_periods ENABLE ROW LEVEL SECURITY;
-CREATE POLICY own_rows ON keyvault.credit_periods FOR SELECT
+ALTER TABLE keyvault.credit_holds ENABLE ROW LEVEL SECURITY;
+CREATE POLICY own_rows ON keyvault.credit_holds FOR SELECT
     USING (user_id = (SELECT keyvault.current_user_id()));
-CREATE POLICY read_by_access ON keyvault.credit_periods FOR SELECT
-    USING ((SELECT keyvault._may_read_all_usage()));
-ALTER TABLE keyvault.credit_notices ENABLE ROW LEVEL SECURITY;
-CREATE POLICY own_rows ON keyvault.credit_notices FOR SELECT
-    USING (user_id = (SELECT keyvault.current_user_id()));
-CREATE POLICY read_by_access ON keyvault.credit_notices FOR SELECT
+CREATE POLICY read_by_access ON keyvault.credit_holds FOR SELECT
     USING ((SELECT keyvault._may_read_all_usage()));
 
 CREATE FUNCTION keyvault._period_bound(anchor timestamptz, number integer) RETURNS timestamptz
@@ -362,32 +279,14 @@ COMMENT ON FUNCTION keyvault._period_bound(timestamptz, integer) IS
     'When period number begins: anchor + number months in UTC, each computed from the anchor, so that the 31st comes back after a short month.';
 
 CREATE FUNCTION keyvault._period_number(anchor timestamptz, at timestamptz) RETURNS integer
-    LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
-    SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    first_begins timestamp := anchor AT TIME ZONE 'UTC';
-    utc timestamp := at AT TIME ZONE 'UTC';
-    months integer := (date_part('year', utc) - date_part('year', first_begins)) * 12
-                      + date_part('month', utc) - date_part('month', first_begins);
-BEGIN
-    RETURN months - (first_begins + make_interval(months => months) > utc)::integer;
-END $$;
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+BEGIN ATOMIC
+    SELECT m.months - (keyvault._period_bound(anchor, m.months) > at)::integer
+      FROM (SELECT ((extract(year FROM at AT TIME ZONE 'UTC') - extract(year FROM anchor AT TIME ZONE 'UTC')) * 12
+                   + extract(month FROM at AT TIME ZONE 'UTC') - extract(month FROM anchor AT TIME ZONE 'UTC'))::integer AS months) m;
+END;
 COMMENT ON FUNCTION keyvault._period_number(timestamptz, timestamptz) IS
     'The number of the period that contains at; 0 begins at the anchor.';
-
-CREATE FUNCTION keyvault._keep_due() RETURNS trigger
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-BEGIN
-    NEW.due_at := least(NEW.due_at, NEW.period_end);
-    RETURN NEW;
-END $$;
-COMMENT ON FUNCTION keyvault._keep_due() IS
-    'Trigger of credit_balances: a period that an administrator ends earlier is due earlier. The debit does not fire it.';
-CREATE TRIGGER keep_due BEFORE INSERT OR UPDATE OF period_end ON keyvault.credit_balances
-    FOR EACH ROW EXECUTE FUNCTION keyvault._keep_due();
 
 CREATE FUNCTION keyvault._wake_worker() RETURNS void
     LANGUAGE c VOLATILE PARALLEL UNSAFE
@@ -401,12 +300,9 @@ CREATE FUNCTION keyvault._create_balance(user_id text) RETURNS void
 AS $$
 #variable_conflict use_column
 BEGIN
-    INSERT INTO keyvault.credit_balances (user_id, monthly_credits, period_anchor, period_start, period_end, due_at, notice_at)
-    SELECT u.user_id, c.monthly, a.anchor, a.anchor, n.ends, n.ends,
-           (SELECT min(t.at) - 0.000001 FROM unnest(p.notice_percents) percent, round(c.monthly * percent / 100, 6) t(at) WHERE t.at > 0)
-      FROM keyvault.users u JOIN keyvault.plans p ON p.plan = u.plan,
-           LATERAL (SELECT coalesce(u.monthly_credits, p.monthly_credits)) c(monthly),
-           date_trunc('day', now(), 'UTC') a(anchor), keyvault._period_bound(a.anchor, 1) n(ends)
+    INSERT INTO keyvault.credit_balances (user_id, monthly_credits, period_anchor, period_start, period_end)
+    SELECT u.user_id, p.monthly_credits, a.anchor, a.anchor, keyvault._period_bound(a.anchor, 1)
+      FROM keyvault.users u JOIN keyvault.plans p ON p.plan = u.plan, date_trunc('day', now(), 'UTC') a(anchor)
      WHERE u.user_id = $1
     ON CONFLICT DO NOTHING;
     IF FOUND THEN
@@ -418,220 +314,53 @@ COMMENT ON FUNCTION keyvault._create_balance(text) IS
 
 -- plpgsql where SQL would do: it keeps its plans, and these run for every call.
 
+CREATE FUNCTION keyvault._roll_period(user_id text) RETURNS keyvault.credit_balances
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    balance keyvault.credit_balances;
+BEGIN
+    UPDATE keyvault.credit_balances b
+       SET extra_credits = CASE WHEN b.monthly_credits IS NULL THEN b.extra_credits
+                                ELSE greatest(b.extra_credits - greatest(b.credits_used - b.monthly_credits, 0), 0) END,
+           credits_used = 0,
+           monthly_credits = p.monthly_credits,
+           period_start = keyvault._period_bound(b.period_anchor, keyvault._period_number(b.period_anchor, now())),
+           period_end = keyvault._period_bound(b.period_anchor, keyvault._period_number(b.period_anchor, now()) + 1)
+      FROM keyvault.users u JOIN keyvault.plans p ON p.plan = u.plan
+     WHERE b.user_id = $1 AND u.user_id = b.user_id
+    RETURNING b.* INTO STRICT balance;
+    RETURN balance;
+END $$;
+COMMENT ON FUNCTION keyvault._roll_period(text) IS
+    'Begins the period that contains now() and returns the balance: usage starts at zero, extra credits spent beyond the plan are taken off, the plan''s monthly credits are renewed. The caller holds the balance''s row lock, and its period has ended.';
+
+CREATE FUNCTION keyvault._sweep_holds(user_id text) RETURNS keyvault.credit_balances
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    balance keyvault.credit_balances;
+BEGIN
+    WITH expired AS (
+        DELETE FROM keyvault.credit_holds h
+         WHERE h.user_id = $1 AND h.expires_at <= now()
+        RETURNING h.amount)
+    UPDATE keyvault.credit_balances b
+       SET credits_held = greatest(b.credits_held - (SELECT coalesce(sum(e.amount), 0) FROM expired e), 0)
+     WHERE b.user_id = $1 AND b.slot = 0
+    RETURNING b.* INTO STRICT balance;
+    RETURN balance;
+END $$;
+COMMENT ON FUNCTION keyvault._sweep_holds(text) IS
+    'Takes a user''s expired holds off the balance, and returns it. The caller holds the balance''s row lock.';
+
 CREATE FUNCTION keyvault._credits_left(balance keyvault.credit_balances) RETURNS numeric
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN balance.monthly_credits + balance.extra_credits - balance.credits_used - balance.credits_held - balance.credits_lent;
+    RETURN balance.monthly_credits + balance.extra_credits - balance.credits_used - balance.credits_held;
 COMMENT ON FUNCTION keyvault._credits_left(keyvault.credit_balances) IS
     'Credits neither used nor held, negative after a downgrade; NULL is unlimited.';
-
-CREATE FUNCTION keyvault._split_balance(user_id text, amount numeric) RETURNS void
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-#variable_conflict use_variable
-DECLARE
-    slots constant integer := 32;
-    worthwhile constant integer := 64;
-    balance keyvault.credit_balances;
-    part numeric(18,6);
-BEGIN
-    SELECT * INTO balance FROM keyvault.credit_balances b WHERE b.user_id = $1 AND b.slot = 0 FOR NO KEY UPDATE;
-    -- No more than what can go before the next threshold, and a quarter stays with slot 0, for holds.
-    part := trunc(least(keyvault._credits_left(balance), balance.notice_at - balance.credits_used) * 0.75 / slots, 6);
-    IF balance.credits_lent > 0 OR part < worthwhile * amount THEN
-        RETURN;
-    END IF;
-    UPDATE keyvault.credit_balances b
-       SET credits_lent = coalesce(part * slots, 1), notice_at = b.notice_at - part * slots
-     WHERE b.user_id = $1 AND b.slot = 0;
-    INSERT INTO keyvault.credit_balances (user_id, slot, monthly_credits, period_anchor, period_start, period_end, due_at)
-    SELECT $1, s, part, balance.period_anchor, balance.period_start, balance.period_end, balance.due_at
-      FROM generate_series(1, slots) s;
-END $$;
-COMMENT ON FUNCTION keyvault._split_balance(text, numeric) IS
-    'Lends parts of what a user has left to further slots, so that sessions that debit it at once need not wait for each other''s commit; nothing where the parts would be small beside amount.';
-
-CREATE FUNCTION keyvault._debit_split(user_id text, amount numeric) RETURNS boolean
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    balance keyvault.credit_balances;
-    used numeric;
-    parts numeric;
-BEGIN
-    SELECT * INTO balance FROM keyvault.credit_balances b WHERE b.user_id = $1 AND b.slot = 0 FOR NO KEY UPDATE;
-    IF NOT FOUND OR balance.credits_lent = 0 OR balance.due_at <= now() THEN
-        RETURN false;
-    END IF;
-    WITH free AS MATERIALIZED (
-        SELECT b.slot FROM keyvault.credit_balances b WHERE b.user_id = $1 AND b.slot > 0 ORDER BY b.slot FOR UPDATE SKIP LOCKED
-    ), gathered AS (
-        DELETE FROM keyvault.credit_balances b USING free f WHERE b.user_id = $1 AND b.slot = f.slot
-        RETURNING b.credits_used, b.monthly_credits)
-    SELECT coalesce(sum(g.credits_used), 0), coalesce(sum(g.monthly_credits), 0) INTO used, parts FROM gathered g;
-    balance.credits_used := balance.credits_used + used;
-    balance.notice_at := balance.notice_at + parts;
-    PERFORM FROM keyvault.credit_balances b WHERE b.user_id = $1 AND b.slot > 0;
-    balance.credits_lent := CASE WHEN FOUND THEN balance.credits_lent - parts ELSE 0 END;
-    IF keyvault._credits_left(balance) < amount OR balance.credits_used + amount > balance.notice_at THEN
-        amount := NULL;
-    END IF;
-    UPDATE keyvault.credit_balances b
-       SET credits_used = balance.credits_used + coalesce(amount, 0), credits_lent = balance.credits_lent, notice_at = balance.notice_at
-     WHERE b.user_id = $1 AND b.slot = 0;
-    RETURN amount IS NOT NULL;
-END $$;
-COMMENT ON FUNCTION keyvault._debit_split(text, numeric) IS
-    'Debits slot 0 of a split balance, with the room of the further slots that nobody is changing, which end; false where that does not do. Waits for no further slot, as whoever changes one may be waiting for slot 0.';
-
--- Everything but the fast debit reads and changes a balance through _lock_balance, and so through _gather_slots.
-
-CREATE FUNCTION keyvault._gather_slots(user_id text) RETURNS keyvault.credit_balances
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    balance keyvault.credit_balances;
-    used numeric;
-BEGIN
-    SELECT * INTO balance FROM keyvault.credit_balances b WHERE b.user_id = $1 AND b.slot = 0 FOR NO KEY UPDATE;
-    IF balance.credits_lent > 0 THEN
-        -- A statement of its own: its snapshot sees the slots that were made while this one waited for the lock.
-        WITH slots AS MATERIALIZED (
-            SELECT b.slot FROM keyvault.credit_balances b WHERE b.user_id = $1 AND b.slot > 0 ORDER BY b.slot FOR UPDATE
-        ), gathered AS (
-            DELETE FROM keyvault.credit_balances b USING slots s WHERE b.user_id = $1 AND b.slot = s.slot RETURNING b.credits_used)
-        SELECT coalesce(sum(g.credits_used), 0) INTO used FROM gathered g;
-        UPDATE keyvault.credit_balances b
-           SET credits_used = b.credits_used + used, notice_at = b.notice_at + b.credits_lent, credits_lent = 0
-         WHERE b.user_id = $1 AND b.slot = 0
-        RETURNING b.* INTO balance;
-    END IF;
-    RETURN balance;
-END $$;
-COMMENT ON FUNCTION keyvault._gather_slots(text) IS
-    'Locks a user''s slots in order, makes them one again, slot 0, and returns it; NULL for a user without a balance.';
-
-CREATE FUNCTION keyvault._next_notice(balance keyvault.credit_balances) RETURNS numeric
-    LANGUAGE plpgsql STABLE
-    SET search_path = pg_catalog, pg_temp
-AS $$
-BEGIN
-    IF EXISTS (SELECT FROM keyvault.credit_budgets g WHERE g.user_id = balance.user_id) THEN
-        RETURN -1;
-    END IF;
-    RETURN (SELECT min(t.at) - 0.000001
-              FROM keyvault.users u JOIN keyvault.plans p ON p.plan = u.plan, unnest(p.notice_percents) percent,
-                   round((balance.monthly_credits + balance.extra_credits) * percent / 100, 6) t(at)
-             WHERE u.user_id = balance.user_id AND t.at > balance.credits_used);
-END $$;
-COMMENT ON FUNCTION keyvault._next_notice(keyvault.credit_balances) IS
-    'credit_balances.notice_at of a balance: just below its next threshold, -1 for a user with budgets, NULL for none.';
-
-CREATE FUNCTION keyvault._note_thresholds(balance keyvault.credit_balances) RETURNS void
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-BEGIN
-    INSERT INTO keyvault.credit_notices (user_id, period_start, percent, credits_used, credits_limit)
-    SELECT balance.user_id, balance.period_start, percent, balance.credits_used, balance.monthly_credits + balance.extra_credits
-      FROM keyvault.users u JOIN keyvault.plans p ON p.plan = u.plan, unnest(p.notice_percents) percent
-     WHERE u.user_id = balance.user_id AND balance.credits_used > 0
-       AND balance.credits_used >= round((balance.monthly_credits + balance.extra_credits) * percent / 100, 6)
-    ON CONFLICT DO NOTHING;
-END $$;
-COMMENT ON FUNCTION keyvault._note_thresholds(keyvault.credit_balances) IS
-    'Notes the thresholds that a balance has reached in its period and that were not noted yet.';
-
-CREATE FUNCTION keyvault._save_balance(balance keyvault.credit_balances) RETURNS keyvault.credit_balances
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-BEGIN
-    PERFORM keyvault._note_thresholds(balance);
-    balance.notice_at := keyvault._next_notice(balance);
-    balance.due_at := (SELECT least(balance.period_end, min(g.expires_at))
-                         FROM keyvault.credit_grants g WHERE g.user_id = balance.user_id AND g.remaining > 0);
-    UPDATE keyvault.credit_balances b
-       SET monthly_credits = balance.monthly_credits, extra_credits = balance.extra_credits, credits_used = balance.credits_used,
-           credits_held = balance.credits_held, period_start = balance.period_start, period_end = balance.period_end,
-           due_at = balance.due_at, notice_at = balance.notice_at, credits_covered = balance.credits_covered,
-           extra_spent = balance.extra_spent
-     WHERE b.user_id = balance.user_id AND b.slot = 0;
-    RETURN balance;
-END $$;
-COMMENT ON FUNCTION keyvault._save_balance(keyvault.credit_balances) IS
-    'Writes a changed balance, whose row the caller has locked, with the thresholds it reached, its due_at and notice_at.';
-
-CREATE FUNCTION keyvault._close_stretch(balance keyvault.credit_balances, plan text, ended_by text, ended_at timestamptz, overage numeric)
-    RETURNS void
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-BEGIN
-    INSERT INTO keyvault.credit_periods (user_id, ended_by, plan, period_start, period_end, ended_at, monthly_credits,
-                                         credits_covered, credits_used, extra_spent, overage)
-    VALUES (balance.user_id, $3, $2, balance.period_start, balance.period_end, $4, balance.monthly_credits,
-            balance.credits_covered, balance.credits_used, balance.extra_spent, $5);
-END $$;
-COMMENT ON FUNCTION keyvault._close_stretch(keyvault.credit_balances, text, text, timestamptz, numeric) IS
-    'Leaves a row in credit_periods. The balance''s grants have paid what they owe.';
-
-CREATE FUNCTION keyvault._overage(balance keyvault.credit_balances) RETURNS numeric
-    LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN coalesce(greatest(balance.credits_used - balance.monthly_credits - balance.extra_spent, 0), 0);
-COMMENT ON FUNCTION keyvault._overage(keyvault.credit_balances) IS
-    'Credits used beyond plan and grants, of a balance whose grants have paid what they owe.';
-
-CREATE FUNCTION keyvault._catch_up(balance keyvault.credit_balances) RETURNS keyvault.credit_balances
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-#variable_conflict use_column
-DECLARE
-    u keyvault.users;
-    number integer;
-BEGIN
-    -- Grants pay first, in their order, then expire: nothing was debited since the first of them expired.
-    balance := keyvault._expire_grants(keyvault._spend_extra(balance));
-    IF balance.period_end <= now() THEN
-        SELECT * INTO STRICT u FROM keyvault.users WHERE user_id = balance.user_id;
-        IF balance.credits_used > 0 OR balance.extra_spent > 0 THEN
-            PERFORM keyvault._close_stretch(balance, u.plan, 'period', balance.period_end, keyvault._overage(balance));
-        END IF;
-        number := keyvault._period_number(balance.period_anchor, now());
-        balance.extra_credits := balance.extra_credits - balance.extra_spent;
-        balance.extra_spent := 0;
-        balance.credits_used := 0;
-        balance.credits_covered := 0;
-        balance.monthly_credits := coalesce(u.monthly_credits, (SELECT p.monthly_credits FROM keyvault.plans p WHERE p.plan = u.plan));
-        balance.period_start := keyvault._period_bound(balance.period_anchor, number);
-        balance.period_end := keyvault._period_bound(balance.period_anchor, number + 1);
-    END IF;
-    RETURN keyvault._save_balance(balance);
-END $$;
-COMMENT ON FUNCTION keyvault._catch_up(keyvault.credit_balances) IS
-    'Does for a locked balance what is due, and returns it: grants that have expired end, and when its period has, the one that contains now() begins: usage at zero, what grants paid for taken off, the monthly credits renewed.';
-
-CREATE FUNCTION keyvault._lock_balance(user_id text, may_create boolean) RETURNS keyvault.credit_balances
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    balance keyvault.credit_balances := keyvault._gather_slots($1);
-BEGIN
-    IF balance.user_id IS NULL THEN
-        PERFORM keyvault._ensure_user($1, may_create);
-        balance := keyvault._gather_slots($1);
-    END IF;
-    IF balance.due_at <= now() THEN
-        balance := keyvault._catch_up(balance);
-    END IF;
-    RETURN balance;
-END $$;
-COMMENT ON FUNCTION keyvault._lock_balance(text, boolean) IS
-    'Locks a user''s balance, after making the user where allowed, does what is due, and returns the row. Error: 22023.';
 
 CREATE FUNCTION keyvault._refuse_credits(balance keyvault.credit_balances, amount numeric) RETURNS void
     LANGUAGE plpgsql
@@ -650,7 +379,27 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION keyvault._refuse_credits(keyvault.credit_balances, numeric) IS 'Raises KV001 with what was asked for, what is left and when credits are renewed.';
 
-CREATE FUNCTION keyvault._require_credits(user_id text, amount numeric, may_create boolean) RETURNS keyvault.credit_balances
+CREATE FUNCTION keyvault._lock_balance(user_id text, may_create boolean) RETURNS keyvault.credit_balances
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    balance keyvault.credit_balances;
+BEGIN
+    SELECT * INTO balance FROM keyvault.credit_balances b WHERE b.user_id = $1 AND b.slot = 0 FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        PERFORM keyvault._ensure_user($1, may_create);
+        SELECT * INTO STRICT balance FROM keyvault.credit_balances b WHERE b.user_id = $1 AND b.slot = 0 FOR NO KEY UPDATE;
+    END IF;
+    IF balance.period_end <= now() THEN
+        balance := keyvault._roll_period($1);
+    END IF;
+    RETURN balance;
+END $$;
+COMMENT ON FUNCTION keyvault._lock_balance(text, boolean) IS
+    'Locks a user''s balance, after making the user where allowed, begins a due period, and returns the row. Error: 22023.';
+
+CREATE FUNCTION keyvault._require_credits(user_id text, amount numeric, may_create boolean) RETURNS void
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
@@ -660,368 +409,51 @@ BEGIN
     IF keyvault._credits_left(balance) < amount AND balance.credits_held > 0 THEN
         balance := keyvault._sweep_holds($1);
     END IF;
-    IF keyvault._credits_left(balance) < amount AND NOT keyvault._reports_overage($1) THEN
+    IF keyvault._credits_left(balance) < amount THEN
         PERFORM keyvault._refuse_credits(balance, amount);
     END IF;
-    RETURN balance;
 END $$;
 COMMENT ON FUNCTION keyvault._require_credits(text, numeric, boolean) IS
-    'Locks a user''s balance, sees that amount is left, with no expired hold in the way, or that the plan lets it go beyond, and returns it. Errors: KV001, 22023.';
-
-CREATE FUNCTION keyvault._reports_overage(user_id text) RETURNS boolean
-    LANGUAGE plpgsql STABLE
-    SET search_path = pg_catalog, pg_temp
-AS $$
-BEGIN
-    RETURN EXISTS (SELECT FROM keyvault.users u JOIN keyvault.plans p ON p.plan = u.plan
-                    WHERE u.user_id = $1 AND p.overage = 'report');
-END $$;
-COMMENT ON FUNCTION keyvault._reports_overage(text) IS 'True when a user''s plan debits beyond the limit.';
+    'Locks a user''s balance and sees that amount is left, with no expired hold in the way. Errors: KV001, 22023.';
 
 CREATE FUNCTION keyvault._debit_slow(user_id text, amount numeric, may_create boolean) RETURNS void
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
-DECLARE
-    balance keyvault.credit_balances;
 BEGIN
-    IF keyvault._debit_split($1, amount) THEN
-        RETURN;
-    END IF;
-    balance := keyvault._require_credits($1, amount, may_create);
-    IF balance.notice_at < 0 THEN
-        PERFORM keyvault._charge_budgets($1);
-    END IF;
-    balance.credits_used := balance.credits_used + amount;
-    IF balance.notice_at < 0 OR balance.credits_used > balance.notice_at THEN
-        PERFORM keyvault._save_balance(balance);
-    ELSE
-        UPDATE keyvault.credit_balances b SET credits_used = balance.credits_used
-         WHERE b.user_id = $1 AND b.slot = 0;
-    END IF;
+    PERFORM keyvault._require_credits($1, amount, may_create);
+    UPDATE keyvault.credit_balances b SET credits_used = b.credits_used + amount
+     WHERE b.user_id = $1 AND b.slot = 0;
 END $$;
 COMMENT ON FUNCTION keyvault._debit_slow(text, numeric, boolean) IS
-    'The debit where one comparison did not do: a missing user, an ended period, expired holds or grants, a threshold, budgets, overage. Errors: KV001, 22023.';
+    'The debit when one conditional update did not find room: a missing user, an ended period or expired holds are put right first. Errors: KV001, 22023.';
 
-CREATE FUNCTION keyvault._reset_due_credits(batch integer) RETURNS bigint
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    plain keyvault.credit_balances[];
-    others keyvault.credit_balances[];
-    balance keyvault.credit_balances;
-BEGIN
-    IF batch IS NULL OR batch < 1 THEN
-        RAISE EXCEPTION 'batch must be 1 or more' USING ERRCODE = 'invalid_parameter_value', HINT = 'Leave it out for 10000.';
-    END IF;
-    -- Whoever holds a balance does what is due itself. Without slots, grants and budgets that is little.
-    SELECT array_agg(d.b) FILTER (WHERE p.is_plain), array_agg(d.b) FILTER (WHERE NOT p.is_plain) INTO plain, others
-      FROM (SELECT b FROM keyvault.credit_balances b
-             WHERE b.slot = 0 AND b.due_at <= now() AND EXISTS (SELECT FROM keyvault.users u WHERE u.user_id = b.user_id)
-             ORDER BY b.due_at LIMIT batch FOR NO KEY UPDATE SKIP LOCKED) d
-     CROSS JOIN LATERAL (SELECT (d.b).credits_lent = 0 AND (d.b).extra_credits = 0 AND (d.b).extra_spent = 0
-                                AND coalesce((d.b).notice_at, 0) >= 0) p(is_plain);
-    WITH begun AS MATERIALIZED (
-        SELECT d.*, u.plan, keyvault._period_number(d.period_anchor, now()) AS number,
-               coalesce(u.monthly_credits, p.monthly_credits) AS renewed, p.notice_percents
-          FROM unnest(plain) d JOIN keyvault.users u ON u.user_id = d.user_id JOIN keyvault.plans p ON p.plan = u.plan
-    ), closed AS (
-        INSERT INTO keyvault.credit_periods (user_id, ended_by, plan, period_start, period_end, ended_at, monthly_credits,
-                                             credits_covered, credits_used, extra_spent, overage)
-        SELECT n.user_id, 'period', n.plan, n.period_start, n.period_end, n.period_end, n.monthly_credits,
-               n.credits_covered, n.credits_used, 0, coalesce(greatest(n.credits_used - n.monthly_credits, 0), 0)
-          FROM begun n WHERE n.credits_used > 0)
-    UPDATE keyvault.credit_balances b
-       SET credits_used = 0, credits_covered = 0, monthly_credits = n.renewed,
-           period_start = keyvault._period_bound(n.period_anchor, n.number),
-           period_end = keyvault._period_bound(n.period_anchor, n.number + 1),
-           due_at = keyvault._period_bound(n.period_anchor, n.number + 1),
-           notice_at = (SELECT min(t.at) - 0.000001
-                          FROM unnest(n.notice_percents) percent, round(n.renewed * percent / 100, 6) t(at) WHERE t.at > 0)
-      FROM begun n
-     WHERE b.user_id = n.user_id AND b.slot = 0;
-    FOREACH balance IN ARRAY coalesce(others, '{}') LOOP
-        PERFORM keyvault._lock_balance(balance.user_id, false);
-    END LOOP;
-    RETURN coalesce(cardinality(plain), 0) + coalesce(cardinality(others), 0);
-END $$;
-COMMENT ON FUNCTION keyvault._reset_due_credits(integer) IS 'reset_due_credits, after its caller was checked.';
--- Credits beyond the plan: top-ups, promotions, refunds.
-
-CREATE TABLE keyvault.credit_grants (
-    user_id    text COLLATE "C" NOT NULL,
-    id         uuid NOT NULL DEFAULT keyvault.uuidv7(),
-    amount     numeric(18,6) NOT NULL CHECK (amount > 0 AND amount < 'Infinity'),
-    remaining  numeric(18,6) NOT NULL CHECK (remaining >= 0),
-    expired    numeric(18,6) NOT NULL DEFAULT 0 CHECK (expired >= 0),
-    kind       text NOT NULL DEFAULT 'grant' CHECK (kind IN ('grant', 'refund')),
-    reason     text NOT NULL,
-    created_at timestamptz NOT NULL DEFAULT now(),
-    expires_at timestamptz,
-    usage_id   uuid,
-    idempotency_key text COLLATE "C",
-    PRIMARY KEY (user_id, id),
-    CONSTRAINT credit_grants_idempotency_key UNIQUE (user_id, idempotency_key),
-    CONSTRAINT credit_grants_usage_id UNIQUE (user_id, usage_id),
-    CHECK (remaining + expired <= amount)
-);
-CREATE INDEX credit_grants_open ON keyvault.credit_grants (user_id) WHERE remaining > 0;
-COMMENT ON TABLE keyvault.credit_grants IS
-    'Credits beyond the plan. They are spent after the monthly ones: the earliest to expire first, then the oldest.';
-COMMENT ON COLUMN keyvault.credit_grants.remaining IS
-    'What is left, as of when grants last paid: at a grant, an expiry, a change of plan or a period''s end. credit_status is right at any time.';
-COMMENT ON COLUMN keyvault.credit_grants.expired IS 'What was left when it expired.';
-COMMENT ON COLUMN keyvault.credit_grants.kind IS 'grant, or refund of a usage record.';
-COMMENT ON COLUMN keyvault.credit_grants.expires_at IS 'From then on what is left no longer counts; NULL: never.';
-COMMENT ON COLUMN keyvault.credit_grants.usage_id IS 'The usage record that was refunded.';
-SELECT pg_catalog.pg_extension_config_dump('keyvault.credit_grants', '');
-
-ALTER TABLE keyvault.credit_grants ENABLE ROW LEVEL SECURITY;
-CREATE POLICY own_rows ON keyvault.credit_grants FOR SELECT
-    USING (user_id = (SELECT keyvault.current_user_id()));
-CREATE POLICY read_by_access ON keyvault.credit_grants FOR SELECT
-    USING ((SELECT keyvault._may_read_all_usage()));
-
-CREATE FUNCTION keyvault._spend_extra(balance keyvault.credit_balances) RETURNS keyvault.credit_balances
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    owed numeric;
-BEGIN
-    owed := greatest(least(balance.credits_used - balance.monthly_credits, balance.extra_credits) - balance.extra_spent, 0);
-    IF balance.monthly_credits IS NULL OR owed = 0 THEN
-        RETURN balance;
-    END IF;
-    UPDATE keyvault.credit_grants g SET remaining = g.remaining - least(g.remaining, owed - o.before)
-      FROM (SELECT n.id, sum(n.remaining) OVER (ORDER BY n.expires_at, n.created_at, n.id) - n.remaining AS before
-              FROM keyvault.credit_grants n WHERE n.user_id = balance.user_id AND n.remaining > 0) o
-     WHERE g.user_id = balance.user_id AND g.id = o.id AND o.before < owed;
-    balance.extra_spent := balance.extra_spent + owed;
-    RETURN balance;
-END $$;
-COMMENT ON FUNCTION keyvault._spend_extra(keyvault.credit_balances) IS
-    'Has grants pay for what was used beyond the monthly credits and they have not paid for, in spend order; returns the balance with extra_spent raised. The caller holds its row lock and saves it.';
-
-CREATE FUNCTION keyvault._expire_grants(balance keyvault.credit_balances) RETURNS keyvault.credit_balances
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    lost numeric;
-BEGIN
-    WITH ended AS (
-        UPDATE keyvault.credit_grants g SET expired = g.remaining, remaining = 0
-         WHERE g.user_id = balance.user_id AND g.remaining > 0 AND g.expires_at <= now()
-        RETURNING g.expired)
-    SELECT coalesce(sum(e.expired), 0) INTO lost FROM ended e;
-    balance.extra_credits := balance.extra_credits - lost;
-    RETURN balance;
-END $$;
-COMMENT ON FUNCTION keyvault._expire_grants(keyvault.credit_balances) IS
-    'Ends a user''s expired grants; returns the balance without what was left of them. The caller holds its row lock and saves it; grants have paid.';
-
-CREATE FUNCTION keyvault._balance_now(balance keyvault.credit_balances, used numeric) RETURNS keyvault.credit_balances
-    LANGUAGE plpgsql STABLE
-    SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    spent numeric;
-    lost numeric;
-    number integer;
-BEGIN
-    balance.credits_used := used;
-    balance.credits_lent := 0;
-    IF balance.due_at > now() THEN
-        RETURN balance;
-    END IF;
-    spent := CASE WHEN balance.monthly_credits IS NULL THEN balance.extra_spent
-                  ELSE greatest(least(balance.credits_used - balance.monthly_credits, balance.extra_credits), balance.extra_spent) END;
-    SELECT coalesce(sum(g.remaining - least(greatest(spent - balance.extra_spent - g.before, 0), g.remaining)), 0) INTO lost
-      FROM (SELECT n.remaining, n.expires_at,
-                   sum(n.remaining) OVER (ORDER BY n.expires_at, n.created_at, n.id) - n.remaining AS before
-              FROM keyvault.credit_grants n WHERE n.user_id = balance.user_id AND n.remaining > 0) g
-     WHERE g.expires_at <= now();
-    balance.extra_credits := balance.extra_credits - lost;
-    IF balance.period_end <= now() THEN
-        number := keyvault._period_number(balance.period_anchor, now());
-        balance.extra_credits := balance.extra_credits - spent;
-        balance.extra_spent := 0;
-        balance.credits_used := 0;
-        balance.credits_covered := 0;
-        balance.monthly_credits := (SELECT coalesce(u.monthly_credits, p.monthly_credits)
-                                      FROM keyvault.users u JOIN keyvault.plans p ON p.plan = u.plan
-                                     WHERE u.user_id = balance.user_id);
-        balance.period_start := keyvault._period_bound(balance.period_anchor, number);
-        balance.period_end := keyvault._period_bound(balance.period_anchor, number + 1);
-    END IF;
-    RETURN balance;
-END $$;
-COMMENT ON FUNCTION keyvault._balance_now(keyvault.credit_balances, numeric) IS
-    'A balance, with what all its slots have used, as it is once what is due now() has been done, which nothing need have done yet: what _catch_up makes of it, without writing.';
-
-CREATE FUNCTION keyvault._check_amount(amount numeric, at_least numeric) RETURNS void
-    LANGUAGE plpgsql IMMUTABLE
-    SET search_path = pg_catalog, pg_temp
-AS $$
-BEGIN
-    IF amount IS NULL OR amount = 'NaN' OR round(amount, 6) < at_least OR amount >= 1e12 THEN
-        RAISE EXCEPTION 'amount must be between % and 999999999999 credits', at_least
-            USING ERRCODE = 'invalid_parameter_value', HINT = 'Credits have six decimal places.';
-    END IF;
-END $$;
-COMMENT ON FUNCTION keyvault._check_amount(numeric, numeric) IS 'Error 22023 unless amount is a number of credits of at_least or more.';
-
-CREATE FUNCTION keyvault._grant_credits(user_id text, amount numeric, reason text, expires_at timestamptz, idempotency_key text,
-                                        may_create boolean) RETURNS uuid
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-#variable_conflict use_column
-DECLARE
-    balance keyvault.credit_balances;
-    earlier keyvault.credit_grants;
-BEGIN
-    PERFORM keyvault._check_amount($2, 0.000001);
-    IF octet_length($3) NOT BETWEEN 1 AND 1024 OR $3 IS NULL THEN
-        RAISE EXCEPTION 'reason must be 1 to 1024 bytes long'
-            USING ERRCODE = 'invalid_parameter_value', HINT = 'Say why the user is given credits, for whoever reads the account later.';
-    END IF;
-    IF octet_length($5) NOT BETWEEN 1 AND 255 THEN
-        RAISE EXCEPTION 'idempotency key must be 1 to 255 bytes long' USING ERRCODE = 'invalid_parameter_value',
-            HINT = 'Leave it out for a grant that may be repeated.';
-    END IF;
-    balance := keyvault._lock_balance($1, $6);
-    -- Under the balance's lock nobody else inserts the same key.
-    SELECT * INTO earlier FROM keyvault.credit_grants g WHERE g.user_id = $1 AND g.idempotency_key = $5;
-    IF FOUND THEN
-        IF earlier.amount <> round($2, 6) OR earlier.reason <> $3 OR earlier.expires_at IS DISTINCT FROM $4 THEN
-            RAISE EXCEPTION 'idempotency key was already used for another grant'
-                USING ERRCODE = 'invalid_parameter_value', HINT = 'Use a new idempotency key for each different grant.';
-        END IF;
-        RETURN earlier.id;
-    END IF;
-    IF $4 <= now() THEN
-        RAISE EXCEPTION 'expires_at must be in the future'
-            USING ERRCODE = 'invalid_parameter_value', HINT = 'Leave it out for credits that do not expire.';
-    END IF;
-    RETURN keyvault._add_grant(balance, keyvault.uuidv7(), $2, 'grant', $3, $4, NULL, $5);
-END $$;
-COMMENT ON FUNCTION keyvault._grant_credits(text, numeric, text, timestamptz, text, boolean) IS 'grant_credits, after its caller was checked.';
-
-CREATE FUNCTION keyvault._add_grant(balance keyvault.credit_balances, id uuid, amount numeric, kind text, reason text,
-                                    expires_at timestamptz, usage_id uuid, idempotency_key text) RETURNS uuid
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-BEGIN
-    -- What was used before it is not this grant's to pay.
-    balance := keyvault._spend_extra(balance);
-    INSERT INTO keyvault.credit_grants (user_id, id, amount, remaining, kind, reason, expires_at, usage_id, idempotency_key)
-    VALUES (balance.user_id, $2, $3, $3, $4, $5, nullif($6, 'infinity'), $7, $8);
-    balance.extra_credits := balance.extra_credits + round($3, 6);
-    PERFORM keyvault._save_balance(balance);
-    RETURN $2;
-END $$;
-COMMENT ON FUNCTION keyvault._add_grant(keyvault.credit_balances, uuid, numeric, text, text, timestamptz, uuid, text) IS
-    'Adds a grant to a locked balance and returns its id.';
-
-CREATE FUNCTION keyvault.grant_credits(user_id text, amount numeric, reason text, expires_at timestamptz = NULL, idempotency_key text = NULL)
-    RETURNS uuid
-    LANGUAGE c VOLATILE PARALLEL UNSAFE
-    AS 'MODULE_PATHNAME', 'keyvault_grant_credits';
-COMMENT ON FUNCTION keyvault.grant_credits(text, numeric, text, timestamptz, text) IS
-    'Gives a user credits beyond the plan, until expires_at or for good, and returns the grant''s id. The same idempotency_key returns the same grant. Errors: 42501 without the right to act for any user or access admin, 22004 and 22023 bad argument, 22023 for a key that was used for another grant.';
-
-CREATE FUNCTION keyvault.reset_due_credits(batch integer = 10000) RETURNS bigint
-    LANGUAGE c VOLATILE PARALLEL UNSAFE
-    AS 'MODULE_PATHNAME', 'keyvault_reset_due_credits';
-COMMENT ON FUNCTION keyvault.reset_due_credits(integer) IS
-    'Begins the periods that are due and ends grants that have expired, for at most batch users whom nobody else has locked; returns how many. Commit and call again until it returns 0. Credits are right without it: it makes the next debit of each of them as fast as any. Errors: 42501 without access admin, 22023.';
--- Credits set aside for calls whose cost is not known yet.
-
-CREATE TABLE keyvault.credit_holds (
-    user_id    text COLLATE "C" NOT NULL,
-    id         uuid NOT NULL DEFAULT keyvault.uuidv7(),
-    amount     numeric(18,6) NOT NULL CHECK (amount >= 0 AND amount < 'Infinity'),
-    created_at timestamptz NOT NULL DEFAULT now(),
-    expires_at timestamptz NOT NULL,
-    reserved   numeric(18,6) NOT NULL DEFAULT 0,
-    model      text,
-    issued_key_id uuid,
-    member_id  text,
-    cost_usd   numeric(18,9) NOT NULL DEFAULT 0,
-    PRIMARY KEY (user_id, id)
-);
-CREATE INDEX credit_holds_id ON keyvault.credit_holds (id);
-COMMENT ON TABLE keyvault.credit_holds IS 'Credits set aside for calls whose cost is not known yet; a row goes when it is settled or released.';
-COMMENT ON COLUMN keyvault.credit_holds.expires_at IS 'From then on the hold no longer counts; infinity while its request is queued or running.';
-COMMENT ON COLUMN keyvault.credit_holds.amount IS 'What it takes off the credits left; 0 once it has expired and credits ran short.';
-COMMENT ON COLUMN keyvault.credit_holds.reserved IS 'What was set aside.';
-COMMENT ON COLUMN keyvault.credit_holds.cost_usd IS 'Estimated cost in USD, which budgets in USD count while the hold is open.';
-SELECT pg_catalog.pg_extension_config_dump('keyvault.credit_holds', '');
-
-ALTER TABLE keyvault.credit_holds ENABLE ROW LEVEL SECURITY;
-CREATE POLICY own_rows ON keyvault.credit_holds FOR SELECT
-    USING (user_id = (SELECT keyvault.current_user_id()));
-CREATE POLICY read_by_access ON keyvault.credit_holds FOR SELECT
-    USING ((SELECT keyvault._may_read_all_usage()));
-
-CREATE FUNCTION keyvault._sweep_holds(user_id text) RETURNS keyvault.credit_balances
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    balance keyvault.credit_balances;
-    swept numeric;
-BEGIN
-    DELETE FROM keyvault.credit_holds h WHERE h.user_id = $1 AND h.expires_at <= now() - interval '7 days' AND h.amount = 0;
-    WITH expired AS MATERIALIZED (
-        SELECT h.id, h.amount FROM keyvault.credit_holds h
-         WHERE h.user_id = $1 AND h.expires_at <= now() AND h.amount > 0 FOR UPDATE
-    ), emptied AS (
-        UPDATE keyvault.credit_holds h SET amount = 0 FROM expired e WHERE h.user_id = $1 AND h.id = e.id RETURNING e.amount)
-    SELECT coalesce(sum(e.amount), 0) INTO swept FROM emptied e;
-    UPDATE keyvault.credit_balances b SET credits_held = greatest(b.credits_held - swept, 0)
-     WHERE b.user_id = $1 AND b.slot = 0
-    RETURNING b.* INTO STRICT balance;
-    RETURN balance;
-END $$;
-COMMENT ON FUNCTION keyvault._sweep_holds(text) IS
-    'Takes a user''s expired holds off the balance, and returns it. Their rows stay a week, so that a late settlement finds them. The caller holds the balance''s row lock.';
-
-CREATE FUNCTION keyvault._hold_credits(user_id text, amount numeric, expires_at timestamptz, may_create boolean, model text = NULL,
-                                       cost_usd numeric = 0, issued_key_id uuid = NULL, member_id text = NULL) RETURNS uuid
+CREATE FUNCTION keyvault._hold_credits(user_id text, amount numeric, expires_at timestamptz, may_create boolean) RETURNS uuid
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
 #variable_conflict use_variable
 DECLARE
     hold uuid := keyvault.uuidv7();
-    balance keyvault.credit_balances;
-    overage boolean;
 BEGIN
-    balance := keyvault._require_credits($1, amount, may_create);
-    IF balance.notice_at < 0 THEN
-        PERFORM keyvault._check_budgets($1, model, issued_key_id, member_id, amount, cost_usd);
-    END IF;
+    PERFORM keyvault._require_credits($1, amount, may_create);
     UPDATE keyvault.credit_balances b SET credits_held = b.credits_held + amount
      WHERE b.user_id = $1 AND b.slot = 0;
-    INSERT INTO keyvault.credit_holds (user_id, id, amount, reserved, expires_at, model, cost_usd, issued_key_id, member_id)
-    VALUES ($1, hold, amount, amount, expires_at, model, cost_usd, issued_key_id, member_id);
+    INSERT INTO keyvault.credit_holds (user_id, id, amount, expires_at) VALUES ($1, hold, amount, expires_at);
     RETURN hold;
 END $$;
-COMMENT ON FUNCTION keyvault._hold_credits(text, numeric, timestamptz, boolean, text, numeric, uuid, text) IS
+COMMENT ON FUNCTION keyvault._hold_credits(text, numeric, timestamptz, boolean) IS
     'Sets credits aside until expires_at and returns the hold''s id. Errors: KV001, 22023.';
 
-CREATE FUNCTION keyvault._end_hold(user_id text, hold uuid) RETURNS boolean
+CREATE FUNCTION keyvault._release_hold(user_id text, hold uuid) RETURNS boolean
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     released numeric;
 BEGIN
+    -- The balance is locked before the hold, in the order of every other path.
+    PERFORM FROM keyvault.credit_balances b WHERE b.user_id = $1 AND b.slot = 0 FOR NO KEY UPDATE;
     DELETE FROM keyvault.credit_holds h WHERE h.user_id = $1 AND h.id = hold RETURNING h.amount INTO released;
     IF NOT FOUND THEN
         RETURN false;
@@ -1030,332 +462,14 @@ BEGIN
      WHERE b.user_id = $1 AND b.slot = 0;
     RETURN true;
 END $$;
-COMMENT ON FUNCTION keyvault._end_hold(text, uuid) IS
-    'Deletes a hold and gives it back to the balance, whose row lock the caller holds; false when there is no such hold.';
-
-CREATE FUNCTION keyvault._release_hold(user_id text, hold uuid) RETURNS boolean
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-BEGIN
-    -- The balance is locked before the hold, in the order of every other path.
-    PERFORM keyvault._gather_slots($1);
-    RETURN keyvault._end_hold($1, hold);
-END $$;
 COMMENT ON FUNCTION keyvault._release_hold(text, uuid) IS 'Gives a hold back to its user''s balance; false when there is no such hold.';
-
-CREATE FUNCTION keyvault._settle_hold(user_id text, hold uuid, owed numeric) RETURNS numeric
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    balance keyvault.credit_balances := keyvault._lock_balance($1, false);
-    credits_left numeric;
-BEGIN
-    IF keyvault._end_hold($1, hold) THEN
-        balance := keyvault._gather_slots($1);
-    END IF;
-    credits_left := keyvault._credits_left(balance);
-    IF credits_left < owed AND balance.credits_held > 0 THEN
-        credits_left := keyvault._credits_left(keyvault._sweep_holds($1));
-    END IF;
-    IF credits_left IS NULL OR credits_left >= owed OR keyvault._reports_overage($1) THEN
-        RETURN owed;
-    END IF;
-    RETURN greatest(credits_left, 0);
-END $$;
-COMMENT ON FUNCTION keyvault._settle_hold(text, uuid, numeric) IS
-    'Ends a hold, if it is still there, and returns how much of what is owed its user can be charged: all, or up to the limit. The caller inserts the usage record, with the rest as credits_overrun, in the same transaction.';
-
-CREATE FUNCTION keyvault._reserve_credits(user_id text, amount numeric, ttl interval, model text, cost_usd numeric, issued_key_id uuid,
-                                          member_id text, may_create boolean) RETURNS uuid
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-BEGIN
-    PERFORM keyvault._check_amount(amount, 0);
-    IF ttl IS NULL OR ttl <= interval '0' OR ttl > interval '1 year' THEN
-        RAISE EXCEPTION 'ttl must be more than 0 and at most a year'
-            USING ERRCODE = 'invalid_parameter_value', HINT = 'It is how long the credits stay set aside if nobody settles the hold.';
-    END IF;
-    RETURN keyvault._hold_credits($1, round(amount, 6), now() + ttl, may_create, model, coalesce(cost_usd, 0), issued_key_id, member_id);
-END $$;
-COMMENT ON FUNCTION keyvault._reserve_credits(text, numeric, interval, text, numeric, uuid, text, boolean) IS
-    'reserve_credits, after its caller was checked.';
-
-CREATE FUNCTION keyvault.reserve_credits(amount numeric, ttl interval = '10 min', user_id text = NULL, model text = NULL,
-                                         cost_usd numeric = 0, issued_key_id uuid = NULL, member_id text = NULL) RETURNS uuid
-    LANGUAGE c VOLATILE PARALLEL UNSAFE
-    AS 'MODULE_PATHNAME', 'keyvault_reserve_credits';
-COMMENT ON FUNCTION keyvault.reserve_credits(numeric, interval, text, text, numeric, uuid, text) IS
-    'Sets credits aside for a use whose cost is not known yet, for ttl at most, and returns the hold''s id. model, cost_usd (USD), issued_key_id and member_id are what budgets look at. user_id NULL is the identity. Errors: KV001 credit limit or budget, 22023, 42501.';
-
-CREATE FUNCTION keyvault._hold_user(hold uuid) RETURNS text
-    LANGUAGE plpgsql STABLE
-    SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    owner text;
-BEGIN
-    SELECT h.user_id INTO owner FROM keyvault.credit_holds h WHERE h.id = hold;
-    RETURN owner;
-END $$;
-COMMENT ON FUNCTION keyvault._hold_user(uuid) IS 'Whose a hold is; NULL for none.';
-
-CREATE FUNCTION keyvault._settle_credits(user_id text, hold uuid, amount numeric, type text, model text, input_tokens integer,
-                                         output_tokens integer, metadata jsonb, provider text, cached_tokens bigint, cost_usd numeric) RETURNS uuid
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-#variable_conflict use_column
-DECLARE
-    h keyvault.credit_holds;
-    earlier keyvault.usage_records;
-    owed numeric := round($3, 6);
-    charged numeric;
-BEGIN
-    PERFORM keyvault._check_amount($3, 0);
-    PERFORM keyvault._lock_balance($1, false);
-    SELECT * INTO h FROM keyvault.credit_holds c WHERE c.user_id = $1 AND c.id = $2;
-    IF NOT FOUND THEN
-        -- A settled hold's usage record has the hold's id.
-        earlier := keyvault._find_usage($1, $2);
-        IF earlier.id IS NULL OR earlier.hold_id IS NULL THEN
-            RAISE EXCEPTION 'there is no such hold'
-                USING ERRCODE = 'invalid_parameter_value',
-                      HINT = 'It was released, or expired more than a week ago. Record what was used with keyvault.record_usage().';
-        ELSIF earlier.credits + earlier.credits_overrun <> owed THEN
-            RAISE EXCEPTION 'the hold was already settled with another amount'
-                USING ERRCODE = 'invalid_parameter_value', HINT = 'A hold is settled once; further use is a usage record of its own.';
-        END IF;
-        RETURN $2;
-    END IF;
-    charged := keyvault._settle_hold($1, $2, owed);
-    INSERT INTO keyvault.usage_records (user_id, id, type, provider, model, input_tokens, cached_tokens, output_tokens, tokens, credits,
-                                        credits_overrun, cost_usd, issued_key_id, metadata, member_id, hold_id)
-    VALUES ($1, $2, coalesce($4, 'api'), $9, coalesce($5, h.model), $6, $10, $7, coalesce($6, 0) + coalesce($7, 0), charged,
-            owed - charged, coalesce($11, 0), h.issued_key_id, coalesce($8, '{}'), h.member_id, $2);
-    RETURN $2;
-END $$;
-COMMENT ON FUNCTION keyvault._settle_credits(text, uuid, numeric, text, text, integer, integer, jsonb, text, bigint, numeric) IS
-    'settle_credits, after its caller was checked.';
-
-CREATE FUNCTION keyvault.settle_credits(hold uuid, amount numeric, type text = 'api', model text = NULL, input_tokens integer = NULL,
-                                        output_tokens integer = NULL, user_id text = NULL, metadata jsonb = '{}', provider text = NULL,
-                                        cached_tokens bigint = NULL, cost_usd numeric = 0) RETURNS uuid
-    LANGUAGE c VOLATILE PARALLEL UNSAFE
-    AS 'MODULE_PATHNAME', 'keyvault_settle_credits';
-COMMENT ON FUNCTION keyvault.settle_credits(uuid, numeric, text, text, integer, integer, text, jsonb, text, bigint, numeric) IS
-    'Ends a hold with what was really used, more or less than held, as a usage record with the hold''s id, which is returned. Beyond the hold it charges up to the limit and records the rest as credits_overrun. Works for an expired hold too, for a week; settling twice with one amount charges once. user_id NULL is the hold''s. Errors: 22023 no such hold, or settled with another amount; 42501.';
-
-CREATE FUNCTION keyvault.release_credits(hold uuid, user_id text = NULL) RETURNS boolean
-    LANGUAGE c VOLATILE PARALLEL UNSAFE
-    AS 'MODULE_PATHNAME', 'keyvault_release_credits';
-COMMENT ON FUNCTION keyvault.release_credits(uuid, text) IS
-    'Gives back what a hold has set aside; false when it was settled or released already. user_id NULL is the hold''s. Error: 42501.';
--- Limits beside the plan's: for a user, one of its members, an issued key or a model, per day or month.
-
-CREATE TABLE keyvault.credit_budgets (
-    user_id      text COLLATE "C" NOT NULL,
-    id           uuid NOT NULL DEFAULT keyvault.uuidv7(),
-    scope        text NOT NULL CHECK (scope IN ('user', 'member', 'issued_key', 'model')),
-    target       text COLLATE "C" NOT NULL DEFAULT '',
-    per          text NOT NULL CHECK (per IN ('day', 'month')),
-    unit         text NOT NULL CHECK (unit IN ('credits', 'usd')),
-    amount       numeric(18,6) NOT NULL CHECK (amount >= 0 AND amount < 'Infinity'),
-    spent        numeric(18,6) NOT NULL DEFAULT 0,
-    window_start timestamptz NOT NULL,
-    created_at   timestamptz NOT NULL DEFAULT now(),
-    updated_at   timestamptz NOT NULL DEFAULT now(),
-    PRIMARY KEY (user_id, id),
-    CONSTRAINT credit_budgets_target UNIQUE (user_id, scope, target, per, unit),
-    CHECK ((scope = 'user') = (target = ''))
-);
-COMMENT ON TABLE keyvault.credit_budgets IS
-    'What a user, or a part of its use, may spend in a UTC day or month. A debit beyond it fails with KV001, the plan''s credits notwithstanding.';
-COMMENT ON COLUMN keyvault.credit_budgets.scope IS 'What is limited: user, all use; member, issued_key, model: the use that names target.';
-COMMENT ON COLUMN keyvault.credit_budgets.target IS 'The member_id, issued_key_id or model; empty for scope user.';
-COMMENT ON COLUMN keyvault.credit_budgets.unit IS 'credits, or usd: provider cost, cost_usd of usage records.';
-COMMENT ON COLUMN keyvault.credit_budgets.spent IS 'Spent since window_start; nothing once that day or month is over.';
-SELECT pg_catalog.pg_extension_config_dump('keyvault.credit_budgets', '');
-
-ALTER TABLE keyvault.credit_budgets ENABLE ROW LEVEL SECURITY;
-CREATE POLICY own_rows ON keyvault.credit_budgets FOR SELECT
-    USING (user_id = (SELECT keyvault.current_user_id()));
-CREATE POLICY read_by_access ON keyvault.credit_budgets FOR SELECT
-    USING ((SELECT keyvault._may_read_all_usage()));
-
-CREATE FUNCTION keyvault._in_budget(budget keyvault.credit_budgets, model text, issued_key_id uuid, member_id text) RETURNS boolean
-    LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN CASE budget.scope WHEN 'user' THEN true
-                             WHEN 'model' THEN coalesce(model = budget.target, false)
-                             WHEN 'issued_key' THEN coalesce(issued_key_id::text = budget.target, false)
-                             ELSE coalesce(member_id = budget.target, false) END;
-COMMENT ON FUNCTION keyvault._in_budget(keyvault.credit_budgets, text, uuid, text) IS 'True when a use counts in a budget.';
-
-CREATE FUNCTION keyvault._budget_window(budget keyvault.credit_budgets) RETURNS timestamptz
-    LANGUAGE sql STABLE PARALLEL SAFE
-    RETURN greatest(date_trunc(budget.per, now(), 'UTC'), budget.window_start);
-COMMENT ON FUNCTION keyvault._budget_window(keyvault.credit_budgets) IS
-    'When the day or month began that a budget is in; the one that it is in already when the clock went back.';
-
-CREATE FUNCTION keyvault._budget_held(budget keyvault.credit_budgets) RETURNS numeric
-    LANGUAGE plpgsql STABLE
-    SET search_path = pg_catalog, pg_temp
-AS $$
-BEGIN
-    RETURN (SELECT coalesce(sum(CASE budget.unit WHEN 'usd' THEN h.cost_usd ELSE h.amount END), 0)
-              FROM keyvault.credit_holds h
-             WHERE h.user_id = budget.user_id AND h.expires_at > now()
-               AND keyvault._in_budget(budget, h.model, h.issued_key_id, h.member_id));
-END $$;
-COMMENT ON FUNCTION keyvault._budget_held(keyvault.credit_budgets) IS 'What open holds set aside of a budget, in its unit.';
-
-CREATE FUNCTION keyvault._require_budget(budget keyvault.credit_budgets, amount numeric) RETURNS void
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    spent numeric := CASE WHEN keyvault._budget_window(budget) = budget.window_start THEN budget.spent ELSE 0 END;
-    held numeric;
-BEGIN
-    IF amount = 0 THEN
-        RETURN;
-    END IF;
-    held := keyvault._budget_held(budget);
-    IF spent + held + amount > budget.amount THEN
-        RAISE EXCEPTION 'budget of % % per % reached for % of user "%"', trim_scale(budget.amount), budget.unit, budget.per,
-              CASE budget.scope WHEN 'user' THEN 'all use'
-                                ELSE format('%s "%s"', replace(budget.scope, '_', ' '), budget.target) END, budget.user_id
-            USING ERRCODE = 'KV001',
-                  DETAIL = format('%s asked for; %s spent and %s held of %s.', trim_scale(amount), trim_scale(spent), trim_scale(held),
-                                  trim_scale(budget.amount)),
-                  HINT = format('The budget begins anew at %s UTC; keyvault.set_budget() changes it.',
-                                to_char((keyvault._budget_window(budget) AT TIME ZONE 'UTC') + ('1 ' || budget.per)::interval,
-                                        'YYYY-MM-DD HH24:MI'));
-    END IF;
-END $$;
-COMMENT ON FUNCTION keyvault._require_budget(keyvault.credit_budgets, numeric) IS 'Raises KV001, naming the budget, unless amount is left of it.';
-
-CREATE FUNCTION keyvault._check_budgets(user_id text, model text, issued_key_id uuid, member_id text, credits numeric, cost_usd numeric)
-    RETURNS void
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    budget keyvault.credit_budgets;
-BEGIN
-    FOR budget IN SELECT * FROM keyvault.credit_budgets g WHERE g.user_id = $1 ORDER BY g.id LOOP
-        IF keyvault._in_budget(budget, $2, $3, $4) THEN
-            PERFORM keyvault._require_budget(budget, CASE budget.unit WHEN 'usd' THEN $6 ELSE $5 END);
-        END IF;
-    END LOOP;
-END $$;
-COMMENT ON FUNCTION keyvault._check_budgets(text, text, uuid, text, numeric, numeric) IS
-    'Sees that a use fits into its user''s budgets. The caller holds the balance''s row lock. Error: KV001.';
-
-CREATE FUNCTION keyvault._rows_owed(user_id text)
-    RETURNS TABLE (model text, issued_key_id uuid, member_id text, credits numeric, cost_usd numeric, settled boolean)
-    LANGUAGE c VOLATILE PARALLEL UNSAFE STRICT
-    AS 'MODULE_PATHNAME', 'keyvault_rows_owed';
-COMMENT ON FUNCTION keyvault._rows_owed(text) IS
-    'The usage records of a user that the debit under way is for; settled: they end a hold. No rows outside of a debit.';
-
-CREATE FUNCTION keyvault._charge_budgets(user_id text) RETURNS void
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    budget keyvault.credit_budgets;
-    added numeric;
-    settled numeric;
-BEGIN
-    FOR budget IN SELECT * FROM keyvault.credit_budgets g WHERE g.user_id = $1 ORDER BY g.id LOOP
-        SELECT coalesce(sum(u.amount) FILTER (WHERE NOT u.settled), 0), coalesce(sum(u.amount) FILTER (WHERE u.settled), 0)
-          INTO added, settled
-          FROM (SELECT CASE budget.unit WHEN 'usd' THEN r.cost_usd ELSE r.credits END AS amount, r.settled
-                  FROM keyvault._rows_owed($1) r
-                 WHERE keyvault._in_budget(budget, r.model, r.issued_key_id, r.member_id)) u;
-        -- What was reserved has happened: it is counted, not refused.
-        PERFORM keyvault._require_budget(budget, added);
-        IF added + settled > 0 THEN
-            UPDATE keyvault.credit_budgets g
-               SET spent = added + settled + CASE WHEN keyvault._budget_window(budget) = budget.window_start THEN budget.spent ELSE 0 END,
-                   window_start = keyvault._budget_window(budget)
-             WHERE g.user_id = $1 AND g.id = budget.id;
-        END IF;
-    END LOOP;
-END $$;
-COMMENT ON FUNCTION keyvault._charge_budgets(text) IS
-    'Counts the debit under way in its user''s budgets. The caller holds the balance''s row lock. Error: KV001.';
-
-CREATE FUNCTION keyvault._set_budget(user_id text, amount numeric, per text, unit text, scope text, target text, may_create boolean) RETURNS uuid
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-#variable_conflict use_column
-DECLARE
-    budget keyvault.credit_budgets;
-    the_target text := coalesce($6, '');
-BEGIN
-    IF $3 IS NULL OR $3 NOT IN ('day', 'month') OR $4 IS NULL OR $4 NOT IN ('credits', 'usd')
-       OR $5 IS NULL OR $5 NOT IN ('user', 'member', 'issued_key', 'model') OR ($5 = 'user') <> (the_target = '')
-    THEN
-        RAISE EXCEPTION 'a budget is per day or month, in credits or usd, for a user, or for a member, an issued_key or a model that target names'
-            USING ERRCODE = 'invalid_parameter_value', HINT = 'See "Budgets" in doc/keyvault.md.';
-    END IF;
-    budget.amount := $2;
-    budget.window_start := date_trunc($3, now(), 'UTC');
-    IF $5 = 'issued_key' THEN
-        the_target := the_target::uuid::text;
-    END IF;
-    PERFORM keyvault._lock_balance($1, $7);
-    IF $2 IS NULL THEN
-        DELETE FROM keyvault.credit_budgets
-         WHERE user_id = $1 AND scope = $5 AND target = the_target AND per = $3 AND unit = $4 RETURNING id INTO budget.id;
-    ELSE
-        PERFORM keyvault._check_amount($2, 0);
-        INSERT INTO keyvault.credit_budgets AS g (user_id, scope, target, per, unit, amount, window_start)
-        VALUES ($1, $5, the_target, $3, $4, $2, budget.window_start)
-        ON CONFLICT (user_id, scope, target, per, unit) DO UPDATE SET amount = excluded.amount, updated_at = now()
-        RETURNING * INTO budget;
-        IF budget.created_at = budget.updated_at THEN
-            -- What this day or month has seen already counts.
-            UPDATE keyvault.credit_budgets g
-               SET spent = (SELECT coalesce(sum(CASE $4 WHEN 'usd' THEN r.cost_usd ELSE r.credits END), 0) FROM keyvault.usage_records r
-                             WHERE r.user_id = $1 AND r.created_at >= budget.window_start
-                               AND keyvault._in_budget(budget, r.model, r.issued_key_id, r.member_id))
-             WHERE g.user_id = $1 AND g.id = budget.id;
-        END IF;
-    END IF;
-    PERFORM keyvault._save_balance(keyvault._gather_slots($1));
-    RETURN budget.id;
-END $$;
-COMMENT ON FUNCTION keyvault._set_budget(text, numeric, text, text, text, text, boolean) IS 'set_budget, after its caller was checked.';
-
-CREATE FUNCTION keyvault.set_budget(user_id text, amount numeric, per text = 'month', unit text = 'credits', scope text = 'user',
-                                    target text = NULL) RETURNS uuid
-    LANGUAGE c VOLATILE PARALLEL UNSAFE
-    AS 'MODULE_PATHNAME', 'keyvault_set_budget';
-COMMENT ON FUNCTION keyvault.set_budget(text, numeric, text, text, text, text) IS
-    'Limits what a user (scope user), or its use that names target as member_id, issued_key_id or model, may spend per UTC day or month, in credits or USD of provider cost; returns the budget''s id. A budget of the same scope, target, per and unit is changed; amount NULL removes it. Errors: 42501 without the right to act for any user or access admin, 22004, 22023, 22P02 for an issued key that is no uuid.';
-
-CREATE VIEW keyvault.budget_status WITH (security_invoker = true, security_barrier = true) AS
-SELECT g.user_id, g.id, g.scope, nullif(g.target, '') AS target, g.per, g.unit, g.amount, s.spent, s.held,
-       greatest(g.amount - s.spent - s.held, 0) AS remaining, keyvault._budget_window(g) AS window_start,
-       ((keyvault._budget_window(g) AT TIME ZONE 'UTC') + ('1 ' || g.per)::interval) AT TIME ZONE 'UTC' AS resets_at
-  FROM keyvault.credit_budgets g
- CROSS JOIN LATERAL (SELECT CASE WHEN keyvault._budget_window(g) = g.window_start THEN g.spent ELSE 0 END AS spent,
-                            keyvault._budget_held(g) AS held) s;
-COMMENT ON VIEW keyvault.budget_status IS
-    'Budgets of the acting user, of every user for access analyst or admin: what is spent, held by open holds, and left, in the budget''s unit.';
 -- What was used. The rows are the truth; balances are proved from them.
 
 CREATE FUNCTION keyvault._debit_tag() RETURNS bigint
     LANGUAGE c STABLE PARALLEL RESTRICTED
     AS 'MODULE_PATHNAME', 'keyvault_debit_tag';
 COMMENT ON FUNCTION keyvault._debit_tag() IS
-    'The number of this transaction in this installation of the extension, the default of usage_records.debit_tag.';
+    'A number that names this transaction of this cluster, the default of usage_records.debit_tag.';
 
 -- No CHECK stands here, nor on the other tables that every call writes: PostgreSQL parses and
 -- plans each of them anew for each statement, which costs more than the debit. The row
@@ -1372,7 +486,7 @@ CREATE TABLE keyvault.usage_records (
     cached_tokens   bigint,
     output_tokens   bigint,
     tokens          bigint NOT NULL DEFAULT 0,
-    credits         numeric(18,6) NOT NULL DEFAULT NULL,
+    credits         numeric(18,6) NOT NULL DEFAULT 0,
     credits_overrun numeric(18,6) NOT NULL DEFAULT 0,
     cost_usd        numeric(18,9) NOT NULL DEFAULT 0,
     request_id      uuid,
@@ -1381,11 +495,6 @@ CREATE TABLE keyvault.usage_records (
     idempotency_key text,
     metadata        jsonb NOT NULL DEFAULT '{}',
     debit_tag       bigint NOT NULL DEFAULT keyvault._debit_tag(),
-    reasoning_tokens bigint,
-    units           numeric(18,6),
-    member_id       text,
-    hold_id         uuid,
-    price           jsonb,
     PRIMARY KEY (user_id, created_at, id)
 ) PARTITION BY RANGE (created_at);
 COMMENT ON TABLE keyvault.usage_records IS
@@ -1396,18 +505,11 @@ COMMENT ON COLUMN keyvault.usage_records.input_tokens IS 'Tokens read, cached on
 COMMENT ON COLUMN keyvault.usage_records.cached_tokens IS 'The part of input_tokens that came from the provider''s cache.';
 COMMENT ON COLUMN keyvault.usage_records.output_tokens IS 'Tokens written, reasoning included.';
 COMMENT ON COLUMN keyvault.usage_records.tokens IS 'All tokens together.';
-COMMENT ON COLUMN keyvault.usage_records.credits IS
-    'Credits debited by this row. An INSERT that leaves them out has the row priced, by its model and tokens or by the cost_usd it gives.';
+COMMENT ON COLUMN keyvault.usage_records.credits IS 'Credits debited by this row.';
 COMMENT ON COLUMN keyvault.usage_records.credits_overrun IS 'Credits a provider call cost beyond what the user had left; not debited.';
 COMMENT ON COLUMN keyvault.usage_records.cost_usd IS 'What the provider charges for it, in USD.';
-COMMENT ON COLUMN keyvault.usage_records.reasoning_tokens IS 'The part of output_tokens that the model spent on thinking.';
-COMMENT ON COLUMN keyvault.usage_records.units IS 'What is not counted in tokens: images, seconds, pages; model_prices.unit says what.';
-COMMENT ON COLUMN keyvault.usage_records.member_id IS 'Who of an organization used it, for budgets.';
-COMMENT ON COLUMN keyvault.usage_records.hold_id IS 'The hold, or the request, that this row settled. Budgets count such a row and do not refuse it.';
-COMMENT ON COLUMN keyvault.usage_records.price IS
-    'The price that was used: provider, model, valid_from, USD per million tokens, per request and per unit, the context tier, and what made credits of it. NULL for a row with credits of its own.';
 COMMENT ON COLUMN keyvault.usage_records.debit_tag IS
-    'Names the transaction that debited the row: 15 bits of the installation, 48 of the transaction id. A row that arrives with another transaction''s tag, by pg_restore or logical replication, is not debited again.';
+    'Names the transaction that debited the row. A row that arrives with another transaction''s tag, by pg_restore or logical replication, is not debited again.';
 
 CREATE TABLE keyvault.usage_records_default PARTITION OF keyvault.usage_records DEFAULT;
 COMMENT ON TABLE keyvault.usage_records_default IS 'Usage of months that have no partition of their own.';
@@ -1435,12 +537,6 @@ CREATE FUNCTION keyvault._flush_debits() RETURNS trigger
     AS 'MODULE_PATHNAME', 'keyvault_flush_debits';
 COMMENT ON FUNCTION keyvault._flush_debits() IS 'Statement trigger of usage_records: debits what its statement owes. Errors: KV001, 22023.';
 
-CREATE FUNCTION keyvault._price_usage() RETURNS trigger
-    LANGUAGE c
-    AS 'MODULE_PATHNAME', 'keyvault_price_usage';
-COMMENT ON FUNCTION keyvault._price_usage() IS
-    'Row trigger of usage_records: prices a row without credits. Error: 22023 for an unknown model on a plan that refuses it.';
-
 CREATE FUNCTION keyvault._refuse_change() RETURNS trigger
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
@@ -1455,10 +551,6 @@ COMMENT ON FUNCTION keyvault._refuse_change() IS 'Trigger that refuses UPDATE, D
 CREATE TRIGGER collect_debit AFTER INSERT ON keyvault.usage_records
     FOR EACH ROW EXECUTE FUNCTION keyvault._collect_debit();
 ALTER TABLE keyvault.usage_records ENABLE ALWAYS TRIGGER collect_debit;
--- In C, without WHEN: PostgreSQL would plan a condition anew for every statement.
-CREATE TRIGGER price_usage BEFORE INSERT ON keyvault.usage_records
-    FOR EACH ROW EXECUTE FUNCTION keyvault._price_usage();
-ALTER TABLE keyvault.usage_records ENABLE ALWAYS TRIGGER price_usage;
 CREATE TRIGGER refuse_change BEFORE UPDATE OR DELETE ON keyvault.usage_records
     FOR EACH ROW EXECUTE FUNCTION keyvault._refuse_change();
 ALTER TABLE keyvault.usage_records ENABLE ALWAYS TRIGGER refuse_change;
@@ -1472,347 +564,11 @@ BEGIN
     EXECUTE format('ALTER TABLE %s ENABLE ALWAYS TRIGGER flush_debits', partition);
     EXECUTE format('CREATE TRIGGER refuse_truncate BEFORE TRUNCATE ON %s EXECUTE FUNCTION keyvault._refuse_change()', partition);
     EXECUTE format('ALTER TABLE %s ENABLE ALWAYS TRIGGER refuse_truncate', partition);
-    -- Not an index of the parent: a dump would make the partitions' ones again that ATTACH has made.
-    IF partition <> 'keyvault.usage_records'::regclass THEN
-        EXECUTE format('CREATE INDEX ON %s USING brin (debit_tag) WITH (pages_per_range = 32, autosummarize = on)', partition);
-    END IF;
 END $$;
 COMMENT ON FUNCTION keyvault._guard_partition(regclass) IS
-    'Gives a table of usage records what partitions do not inherit: the statement triggers, and an index by which the roll-up finds new rows.';
+    'Gives a table of usage records the statement triggers, which partitions do not inherit.';
 SELECT keyvault._guard_partition('keyvault.usage_records');
 SELECT keyvault._guard_partition('keyvault.usage_records_default');
--- Credits given back for a use.
-
-CREATE FUNCTION keyvault._find_usage(user_id text, id uuid) RETURNS keyvault.usage_records
-    LANGUAGE plpgsql STABLE
-    SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    -- The milliseconds in a UUID version 7: mostly created_at, so that one partition is read.
-    made timestamptz := to_timestamp(('x' || translate(left($2::text, 13), '-', ''))::bit(48)::bigint / 1000.0);
-    found_row keyvault.usage_records;
-BEGIN
-    SELECT * INTO found_row FROM keyvault.usage_records r
-     WHERE r.user_id = $1 AND r.id = $2 AND r.created_at BETWEEN made - interval '1 hour' AND made + interval '1 minute';
-    IF NOT FOUND THEN
-        SELECT * INTO found_row FROM keyvault.usage_records r WHERE r.user_id = $1 AND r.id = $2 LIMIT 1;
-    END IF;
-    RETURN found_row;
-END $$;
-COMMENT ON FUNCTION keyvault._find_usage(text, uuid) IS 'A user''s usage record by its id; NULL when there is none.';
-
-CREATE FUNCTION keyvault._refund_usage(user_id text, id uuid, reason text) RETURNS uuid
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-#variable_conflict use_column
-DECLARE
-    refunded keyvault.usage_records;
-    refund uuid := keyvault.uuidv7();
-    earlier uuid;
-    balance keyvault.credit_balances := keyvault._lock_balance($1, false);
-BEGIN
-    IF octet_length($3) NOT BETWEEN 1 AND 1024 OR $3 IS NULL THEN
-        RAISE EXCEPTION 'reason must be 1 to 1024 bytes long'
-            USING ERRCODE = 'invalid_parameter_value', HINT = 'Say why the use is refunded, for whoever reads the account later.';
-    END IF;
-    SELECT g.id INTO earlier FROM keyvault.credit_grants g WHERE g.user_id = $1 AND g.usage_id = $2;
-    IF FOUND THEN
-        RETURN earlier;
-    END IF;
-    refunded := keyvault._find_usage($1, $2);
-    IF refunded.id IS NULL THEN
-        RAISE EXCEPTION 'user "%" has no such usage record', $1
-            USING ERRCODE = 'invalid_parameter_value', HINT = 'Pass the id of a row of keyvault.usage_records.';
-    END IF;
-    IF refunded.credits = 0 THEN
-        RAISE EXCEPTION 'the usage record cost no credits'
-            USING ERRCODE = 'invalid_parameter_value', HINT = 'There is nothing to give back.';
-    END IF;
-    PERFORM keyvault._add_grant(balance, refund, refunded.credits, 'refund', $3, NULL, $2, NULL);
-    INSERT INTO keyvault.usage_records (user_id, id, type, provider, model, payer, credits, metadata)
-    VALUES ($1, refund, 'refund', refunded.provider, refunded.model, refunded.payer, 0,
-            jsonb_build_object('refund_of', $2, 'credits', refunded.credits, 'reason', $3));
-    RETURN refund;
-END $$;
-COMMENT ON FUNCTION keyvault._refund_usage(text, uuid, text) IS 'refund_usage, after its caller was checked.';
-
-CREATE FUNCTION keyvault.refund_usage(id uuid, reason text, user_id text = NULL) RETURNS uuid
-    LANGUAGE c VOLATILE PARALLEL UNSAFE
-    AS 'MODULE_PATHNAME', 'keyvault_refund_usage';
-COMMENT ON FUNCTION keyvault.refund_usage(uuid, text, text) IS
-    'Gives back what a usage record cost: a grant without expiry, and a usage record of type refund that says why, both with the id that is returned. A record is refunded once; again returns the same id. user_id NULL is the identity. Errors: 42501, 22004, 22023 for a record that the user has not or that cost nothing.';
--- Usage added up per day, exactly: a view of usage is what was added up and the rows that were not.
---
--- debit_tag orders rows by the transaction that wrote them. The roll-up counts the rows of transactions that
--- have all ended, rolled_to says up to where, and the views count the rest by themselves: a row that commits
--- late, or has an old created_at, is in neither place twice and never in none. Rows that bring another
--- database's tag, by a restore or a subscription, are counted by their row trigger, into usage_late.
-
-CREATE TABLE keyvault.usage_rollup (
-    here      boolean PRIMARY KEY DEFAULT true CHECK (here),
-    tag_base  bigint NOT NULL,
-    rolled_to bigint NOT NULL,
-    tag_span  bigint NOT NULL DEFAULT 65536,
-    rolled_at timestamptz
-);
-COMMENT ON TABLE keyvault.usage_rollup IS 'One row: how far usage_records are added up in usage_daily.';
-COMMENT ON COLUMN keyvault.usage_rollup.here IS 'True, so that there is one row.';
-COMMENT ON COLUMN keyvault.usage_rollup.tag_base IS
-    'The first debit_tag of this installation: a random number of 15 bits above the 48 of a transaction id. Not dumped, so that a restored row is told from one that was written here.';
-COMMENT ON COLUMN keyvault.usage_rollup.rolled_to IS 'Rows with a debit_tag of this installation below it are in usage_daily; those from it on are not.';
-COMMENT ON COLUMN keyvault.usage_rollup.tag_span IS 'How many transactions the next batch takes, so that it has some ten thousand rows.';
-COMMENT ON COLUMN keyvault.usage_rollup.rolled_at IS 'When rolled_to last moved.';
-INSERT INTO keyvault.usage_rollup (tag_base, rolled_to)
-SELECT base, base + pg_current_xact_id()::text::bigint
-  FROM (SELECT (1 + floor(random() * 32767))::bigint << 48) b(base);
-
-CREATE TABLE keyvault.usage_daily (
-    user_id         text COLLATE "C" NOT NULL,
-    day             date NOT NULL,
-    provider        text COLLATE "C" NOT NULL,
-    model           text COLLATE "C" NOT NULL,
-    type            text COLLATE "C" NOT NULL,
-    payer           text COLLATE "C" NOT NULL,
-    calls           bigint NOT NULL,
-    input_tokens    bigint,
-    cached_tokens   bigint,
-    output_tokens   bigint,
-    tokens          bigint NOT NULL,
-    credits         numeric NOT NULL,
-    credits_overrun numeric NOT NULL,
-    cost_usd        numeric NOT NULL,
-    PRIMARY KEY (user_id, day, provider, model, type, payer)
-) WITH (fillfactor = 80);
-COMMENT ON TABLE keyvault.usage_daily IS
-    'Usage added up per user, UTC day, provider, model, type and payer, as far as usage_rollup says. Derived from usage_records: a dump leaves it out, and the restored rows are added up anew. Read the views.';
-COMMENT ON COLUMN keyvault.usage_daily.provider IS 'Empty where the records name none; model likewise.';
-COMMENT ON COLUMN keyvault.usage_daily.calls IS 'Number of usage records.';
-CREATE INDEX usage_daily_month ON keyvault.usage_daily ((date_trunc('month', day::timestamp)::date));
-CREATE INDEX usage_daily_day ON keyvault.usage_daily (day);
-
-CREATE TABLE keyvault.usage_late (LIKE keyvault.usage_daily, id uuid NOT NULL DEFAULT keyvault.uuidv7(), PRIMARY KEY (user_id, id));
-COMMENT ON TABLE keyvault.usage_late IS
-    'What usage_daily is still to be changed by: records that a restore or a subscription brought, added up by the statement that brought them. The roll-up takes the rows away.';
-
-CREATE TABLE keyvault.usage_retired (LIKE keyvault.usage_late INCLUDING DEFAULTS, PRIMARY KEY (user_id, id));
-CREATE INDEX usage_retired_month ON keyvault.usage_retired ((date_trunc('month', day::timestamp)::date));
-COMMENT ON TABLE keyvault.usage_retired IS
-    'Usage of records that are no longer in usage_records, because their month was retired; like usage_daily, and dumped.';
-SELECT pg_catalog.pg_extension_config_dump('keyvault.usage_retired', '');
-
-DO $$
-DECLARE
-    name text;
-BEGIN
-    FOREACH name IN ARRAY '{usage_daily, usage_late, usage_retired}'::text[] LOOP
-        EXECUTE format('ALTER TABLE keyvault.%I ENABLE ROW LEVEL SECURITY', name);
-        EXECUTE format('CREATE POLICY own_rows ON keyvault.%I FOR SELECT USING (user_id = (SELECT keyvault.current_user_id()))', name);
-        EXECUTE format('CREATE POLICY read_by_access ON keyvault.%I FOR SELECT USING ((SELECT keyvault._may_read_all_usage()))', name);
-    END LOOP;
-END $$;
-
--- A subscription to all tables brings its publisher's roll-up as well; a subscriber keeps one of its own.
-CREATE FUNCTION keyvault._keep_own_rollup() RETURNS trigger
-    LANGUAGE c
-    AS 'MODULE_PATHNAME', 'keyvault_keep_own_rollup';
-COMMENT ON FUNCTION keyvault._keep_own_rollup() IS
-    'Trigger of usage_daily, usage_late and usage_rollup: passes over what a subscription brings, as it is derived from the publisher''s rows.';
-CREATE TRIGGER keep_own BEFORE INSERT OR UPDATE OR DELETE ON keyvault.usage_rollup
-    FOR EACH ROW EXECUTE FUNCTION keyvault._keep_own_rollup();
-ALTER TABLE keyvault.usage_rollup ENABLE REPLICA TRIGGER keep_own;
-CREATE TRIGGER keep_own BEFORE INSERT OR UPDATE OR DELETE ON keyvault.usage_daily
-    FOR EACH ROW EXECUTE FUNCTION keyvault._keep_own_rollup();
-ALTER TABLE keyvault.usage_daily ENABLE REPLICA TRIGGER keep_own;
-CREATE TRIGGER keep_own BEFORE INSERT OR UPDATE OR DELETE ON keyvault.usage_late
-    FOR EACH ROW EXECUTE FUNCTION keyvault._keep_own_rollup();
-ALTER TABLE keyvault.usage_late ENABLE REPLICA TRIGGER keep_own;
-
-CREATE VIEW keyvault._usage WITH (security_invoker = true) AS
-SELECT user_id, day, provider, model, type, payer,
-       calls, input_tokens, cached_tokens, output_tokens, tokens, credits, credits_overrun, cost_usd
-  FROM keyvault.usage_daily
-UNION ALL
-SELECT user_id, day, provider, model, type, payer,
-       calls, input_tokens, cached_tokens, output_tokens, tokens, credits, credits_overrun, cost_usd
-  FROM keyvault.usage_late
-UNION ALL
-SELECT user_id, day, provider, model, type, payer,
-       calls, input_tokens, cached_tokens, output_tokens, tokens, credits, credits_overrun, cost_usd
-  FROM keyvault.usage_retired
-UNION ALL
-SELECT user_id, (created_at AT TIME ZONE 'UTC')::date, coalesce(provider, '') COLLATE "C", coalesce(model, '') COLLATE "C",
-       type COLLATE "C", payer COLLATE "C",
-       1::bigint, input_tokens, cached_tokens, output_tokens, tokens, credits::numeric, credits_overrun::numeric, cost_usd::numeric
-  FROM keyvault.usage_records
- WHERE debit_tag >= (SELECT rolled_to FROM keyvault.usage_rollup)
-   AND debit_tag < (SELECT tag_base + (1::bigint << 48) FROM keyvault.usage_rollup);
-COMMENT ON VIEW keyvault._usage IS
-    'All usage: what is added up already, and the records that are not. Several rows may have the same user, day, provider, model, type and payer; an empty provider or model is none.';
-
-CREATE FUNCTION keyvault._count_restored(
-    user_ids text[], created_ats timestamptz[], providers text[], models text[], types text[], payers text[],
-    input_tokens bigint[], cached_tokens bigint[], output_tokens bigint[], tokens bigint[],
-    credits numeric[], overruns numeric[], costs numeric[], tags bigint[]) RETURNS void
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-#variable_conflict use_column
-DECLARE
-    state keyvault.usage_rollup;
-BEGIN
-    SELECT * INTO STRICT state FROM keyvault.usage_rollup;
-    -- Rows that were written here once: the views and the roll-up count those from rolled_to on, which must not
-    -- move before this transaction ends.
-    IF EXISTS (SELECT FROM unnest(tags) t WHERE t >= state.tag_base AND t < state.tag_base + (1::bigint << 48)) THEN
-        SELECT * INTO STRICT state FROM keyvault.usage_rollup FOR SHARE;
-    END IF;
-    INSERT INTO keyvault.usage_late (user_id, day, provider, model, type, payer, calls, input_tokens, cached_tokens,
-                                     output_tokens, tokens, credits, credits_overrun, cost_usd)
-    SELECT r.user_id, (r.created_at AT TIME ZONE 'UTC')::date, coalesce(r.provider, ''), coalesce(r.model, ''), r.type, r.payer,
-           count(*), sum(r.input), sum(r.cached), sum(r.output), sum(r.total), sum(r.credit), sum(r.overrun), sum(r.cost)
-      FROM unnest($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)
-           r(user_id, created_at, provider, model, type, payer, input, cached, output, total, credit, overrun, cost, tag)
-     WHERE NOT (r.tag >= state.rolled_to AND r.tag < state.tag_base + (1::bigint << 48))
-     GROUP BY 1, 2, 3, 4, 5, 6;
-END $$;
-COMMENT ON FUNCTION keyvault._count_restored(text[], timestamptz[], text[], text[], text[], text[], bigint[], bigint[], bigint[], bigint[], numeric[], numeric[], numeric[], bigint[]) IS
-    'Counts records that bring another transaction''s debit_tag into usage_late, but for those that the views find by their tag; the row trigger of usage_records calls it with an array per column.';
-
-CREATE FUNCTION keyvault._roll_up_usage(batch integer = 20000, OUT rolled bigint, OUT more boolean)
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    state keyvault.usage_rollup;
-    horizon bigint;
-    target bigint;
-    folded bigint;
-    retired daterange;
-BEGIN
-    rolled := 0;
-    more := false;
-    SELECT * INTO state FROM keyvault.usage_rollup FOR NO KEY UPDATE SKIP LOCKED;
-    IF NOT FOUND THEN
-        RETURN;
-    END IF;
-    -- Transactions below the horizon have ended, and the statement that follows sees what they wrote.
-    horizon := state.tag_base + pg_snapshot_xmin(pg_current_snapshot())::text::bigint;
-    target := greatest(least(horizon, state.rolled_to + state.tag_span), state.rolled_to);
-    WITH late AS (
-        DELETE FROM keyvault.usage_late l
-         WHERE l.ctid = ANY (ARRAY(SELECT o.ctid FROM keyvault.usage_late o LIMIT batch FOR UPDATE SKIP LOCKED))
-        RETURNING l.*
-    ), fresh AS MATERIALIZED (
-        SELECT r.user_id, (r.created_at AT TIME ZONE 'UTC')::date AS day, coalesce(r.provider, '') COLLATE "C" AS provider,
-               coalesce(r.model, '') COLLATE "C" AS model, r.type COLLATE "C" AS type, r.payer COLLATE "C" AS payer,
-               count(*) AS calls, sum(r.input_tokens) AS input_tokens, sum(r.cached_tokens) AS cached_tokens,
-               sum(r.output_tokens) AS output_tokens, sum(r.tokens) AS tokens,
-               sum(r.credits) AS credits, sum(r.credits_overrun) AS credits_overrun, sum(r.cost_usd) AS cost_usd
-          FROM keyvault.usage_records r
-         WHERE r.debit_tag >= state.rolled_to AND r.debit_tag < target
-         GROUP BY 1, 2, 3, 4, 5, 6
-    ), added AS (
-        SELECT a.user_id, a.day, a.provider, a.model, a.type, a.payer, sum(a.calls) AS calls, sum(a.input_tokens) AS input_tokens,
-               sum(a.cached_tokens) AS cached_tokens, sum(a.output_tokens) AS output_tokens, sum(a.tokens) AS tokens,
-               sum(a.credits) AS credits, sum(a.credits_overrun) AS credits_overrun, sum(a.cost_usd) AS cost_usd
-          FROM (SELECT f.* FROM fresh f
-                UNION ALL
-                SELECT l.user_id, l.day, l.provider, l.model, l.type, l.payer, l.calls, l.input_tokens, l.cached_tokens,
-                       l.output_tokens, l.tokens, l.credits, l.credits_overrun, l.cost_usd FROM late l) a
-         GROUP BY 1, 2, 3, 4, 5, 6
-    ), stored AS (
-        INSERT INTO keyvault.usage_daily AS d SELECT * FROM added
-        ON CONFLICT (user_id, day, provider, model, type, payer) DO UPDATE
-           SET calls = d.calls + excluded.calls,
-               input_tokens = coalesce(d.input_tokens + excluded.input_tokens, d.input_tokens, excluded.input_tokens),
-               cached_tokens = coalesce(d.cached_tokens + excluded.cached_tokens, d.cached_tokens, excluded.cached_tokens),
-               output_tokens = coalesce(d.output_tokens + excluded.output_tokens, d.output_tokens, excluded.output_tokens),
-               tokens = d.tokens + excluded.tokens,
-               credits = d.credits + excluded.credits,
-               credits_overrun = d.credits_overrun + excluded.credits_overrun,
-               cost_usd = d.cost_usd + excluded.cost_usd)
-    SELECT coalesce((SELECT sum(f.calls) FROM fresh f), 0), count(*), daterange(min(l.day) FILTER (WHERE l.calls < 0), max(l.day), '[]')
-      INTO rolled, folded, retired FROM late l;
-    IF lower(retired) IS NOT NULL THEN
-        DELETE FROM keyvault.usage_daily d WHERE d.day >= lower(retired) AND d.day < upper(retired) AND d.calls = 0;
-    END IF;
-    UPDATE keyvault.usage_rollup
-       SET rolled_to = target, rolled_at = now(),
-           tag_span = CASE WHEN rolled > 2 * batch THEN greatest(state.tag_span / 2, 1)
-                           WHEN rolled < batch / 2 AND target < horizon THEN least(state.tag_span * 2, 1::bigint << 40)
-                           ELSE state.tag_span END
-     WHERE state.rolled_to <> target OR folded > 0;
-    more := target < horizon OR folded >= batch;
-    rolled := rolled + folded;
-END $$;
-COMMENT ON FUNCTION keyvault._roll_up_usage(integer) IS
-    'Adds about batch usage records whose transactions have ended to usage_daily; returns how many, and whether there are more. Does nothing while another session does it.';
-
-CREATE FUNCTION keyvault.rebuild_usage_daily() RETURNS bigint
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    state keyvault.usage_rollup;
-    stored bigint;
-BEGIN
-    SELECT * INTO STRICT state FROM keyvault.usage_rollup FOR UPDATE;
-    -- Rows that a restore counts while this adds up would be counted twice.
-    LOCK TABLE keyvault.usage_late IN SHARE ROW EXCLUSIVE MODE;
-    DELETE FROM keyvault.usage_late;
-    DELETE FROM keyvault.usage_daily;
-    INSERT INTO keyvault.usage_daily
-    SELECT r.user_id, (r.created_at AT TIME ZONE 'UTC')::date, coalesce(r.provider, ''), coalesce(r.model, ''), r.type, r.payer,
-           count(*), sum(r.input_tokens), sum(r.cached_tokens), sum(r.output_tokens), sum(r.tokens),
-           sum(r.credits), sum(r.credits_overrun), sum(r.cost_usd)
-      FROM keyvault.usage_records r
-     WHERE NOT (r.debit_tag >= state.rolled_to AND r.debit_tag < state.tag_base + (1::bigint << 48))
-     GROUP BY 1, 2, 3, 4, 5, 6;
-    GET DIAGNOSTICS stored = ROW_COUNT;
-    RETURN stored;
-END $$;
-COMMENT ON FUNCTION keyvault.rebuild_usage_daily() IS
-    'Adds usage up from usage_records anew and returns the number of rows in usage_daily: after records came or went behind the triggers'' back, as by pg_restore --disable-triggers or ATTACH PARTITION of a table with rows. A superuser calls it, in READ COMMITTED. Error: 42501.';
--- Months of usage: partitions made ahead, rows of the default partition given theirs, old months retired.
--- Inserts would have to wait behind whoever waits for a lock that excludes them: so these functions wait for
--- 100 ms at most, and are called again later. DETACH ... CONCURRENTLY is no way: PostgreSQL refuses it for a table
--- that has a default partition.
-
-CREATE FUNCTION keyvault._usage_partition_name(month timestamptz) RETURNS text
-    LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN 'usage_records_' || to_char(month AT TIME ZONE 'UTC', 'YYYY_MM');
-COMMENT ON FUNCTION keyvault._usage_partition_name(timestamptz) IS 'The name of the partition for the month that contains an instant, in UTC.';
-
-CREATE FUNCTION keyvault._make_usage_partition(month timestamptz) RETURNS void
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-    SET lock_timeout = '100ms'
-AS $$
-DECLARE
-    partition text := keyvault._usage_partition_name(month);
-    until timestamptz := keyvault._period_bound(month, 1);
-BEGIN
-    -- ATTACH PARTITION lets others read and write the other partitions meanwhile, CREATE TABLE ... PARTITION OF does not.
-    EXECUTE format('CREATE TABLE keyvault.%I (LIKE keyvault.usage_records INCLUDING DEFAULTS, '
-                || 'CONSTRAINT this_month CHECK (created_at >= %L AND created_at < %L))', partition, month, until);
-    EXECUTE format('REVOKE ALL ON keyvault.%I FROM PUBLIC', partition);
-    EXECUTE format('ALTER TABLE keyvault.%I ENABLE ROW LEVEL SECURITY', partition);
-    EXECUTE format('COMMENT ON TABLE keyvault.%I IS %L', partition,
-                   'Usage of the month that begins at ' || to_char(month AT TIME ZONE 'UTC', 'YYYY-MM-DD') || ' UTC.');
-    IF EXISTS (SELECT FROM keyvault.usage_records_default WHERE created_at >= month AND created_at < until) THEN
-        -- Rows keep their debit_tag, and no trigger sees them: nothing is debited or counted again.
-        ALTER TABLE keyvault.usage_records_default DISABLE TRIGGER refuse_change;
-        EXECUTE format('WITH moved AS (DELETE FROM keyvault.usage_records_default WHERE created_at >= %L AND created_at < %L RETURNING *) '
-                    || 'INSERT INTO keyvault.%I SELECT * FROM moved', month, until, partition);
-        ALTER TABLE keyvault.usage_records_default ENABLE ALWAYS TRIGGER refuse_change;
-    END IF;
-    EXECUTE format('ALTER TABLE keyvault.usage_records ATTACH PARTITION keyvault.%I FOR VALUES FROM (%L) TO (%L)', partition, month, until);
-    EXECUTE format('ALTER TABLE keyvault.%I DROP CONSTRAINT this_month', partition);
-    PERFORM keyvault._guard_partition(format('keyvault.%I', partition)::regclass);
-END $$;
-COMMENT ON FUNCTION keyvault._make_usage_partition(timestamptz) IS
-    'Makes the partition of usage_records for the month that begins at month, and moves its rows there from the default partition. Error: 55P03 when a lock is not to be had within 100 ms.';
 
 CREATE FUNCTION keyvault._make_usage_partitions(ahead integer = 3) RETURNS integer
     LANGUAGE plpgsql
@@ -1820,111 +576,31 @@ CREATE FUNCTION keyvault._make_usage_partitions(ahead integer = 3) RETURNS integ
 AS $$
 DECLARE
     month timestamptz;
-    this_month timestamptz := date_trunc('month', now(), 'UTC');
+    partition text;
     made integer := 0;
 BEGIN
     FOR i IN 0 .. ahead LOOP
-        month := keyvault._period_bound(this_month, i);
-        -- While a month is written to, its rows stay where they are.
-        IF to_regclass('keyvault.' || keyvault._usage_partition_name(month)) IS NULL
+        month := keyvault._period_bound(date_trunc('month', now(), 'UTC'), i);
+        partition := 'usage_records_' || to_char(month AT TIME ZONE 'UTC', 'YYYY_MM');
+        -- A month whose first rows are in the default partition stays there.
+        IF to_regclass('keyvault.' || partition) IS NULL
            AND NOT EXISTS (SELECT FROM keyvault.usage_records_default
                             WHERE created_at >= month AND created_at < keyvault._period_bound(month, 1))
         THEN
-            PERFORM keyvault._make_usage_partition(month);
+            EXECUTE format('CREATE TABLE keyvault.%I PARTITION OF keyvault.usage_records FOR VALUES FROM (%L) TO (%L)',
+                           partition, month, keyvault._period_bound(month, 1));
+            EXECUTE format('COMMENT ON TABLE keyvault.%I IS %L', partition,
+                           'Usage of the month that begins at ' || to_char(month AT TIME ZONE 'UTC', 'YYYY-MM-DD') || ' UTC.');
+            EXECUTE format('ALTER TABLE keyvault.%I ENABLE ROW LEVEL SECURITY', partition);
+            EXECUTE format('REVOKE ALL ON keyvault.%I FROM PUBLIC', partition);
+            PERFORM keyvault._guard_partition(format('keyvault.%I', partition)::regclass);
             made := made + 1;
         END IF;
     END LOOP;
     RETURN made;
 END $$;
 COMMENT ON FUNCTION keyvault._make_usage_partitions(integer) IS
-    'Makes the partitions of usage_records for this month, where it has no rows yet, and the months ahead; returns how many were made.';
-
-CREATE FUNCTION keyvault._usage_kept_from() RETURNS timestamptz
-    LANGUAGE sql STABLE
-    RETURN CASE WHEN current_setting('keyvault.usage_retention')::integer > 0
-                THEN keyvault._period_bound(date_trunc('month', now(), 'UTC'), - current_setting('keyvault.usage_retention')::integer)
-                ELSE '-infinity'::timestamptz END;
-COMMENT ON FUNCTION keyvault._usage_kept_from() IS 'The first month that keyvault.usage_retention keeps; -infinity keeps all.';
-
-CREATE FUNCTION keyvault._settle_default_partition() RETURNS text
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    month timestamptz;
-BEGIN
-    -- The oldest month first, of those that are over, are kept, and have no table of their own.
-    SELECT m.month INTO month
-      FROM (SELECT DISTINCT date_trunc('month', d.created_at, 'UTC') AS month FROM keyvault.usage_records_default d
-             WHERE d.created_at < date_trunc('month', now(), 'UTC') AND d.created_at >= keyvault._usage_kept_from()) m
-     WHERE to_regclass('keyvault.' || keyvault._usage_partition_name(m.month)) IS NULL
-     ORDER BY m.month LIMIT 1;
-    IF month IS NULL THEN
-        RETURN NULL;
-    END IF;
-    PERFORM keyvault._make_usage_partition(month);
-    RETURN keyvault._usage_partition_name(month);
-END $$;
-COMMENT ON FUNCTION keyvault._settle_default_partition() IS
-    'Gives the oldest ended month that has rows in the default partition a partition of its own, and returns its name; NULL when there is none.';
-
-CREATE FUNCTION keyvault._retire_usage(kept_from timestamptz = NULL) RETURNS text
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-    SET lock_timeout = '100ms'
-AS $$
-DECLARE
-    first_kept constant timestamptz := coalesce(kept_from, keyvault._usage_kept_from());
-    partition regclass;
-    state keyvault.usage_rollup;
-    last_month timestamptz;
-    counted boolean;
-BEGIN
-    SELECT c.oid, ((to_date(right(c.relname, 7), 'YYYY_MM') + interval '1 month')::timestamp AT TIME ZONE 'UTC')
-      INTO partition, last_month
-      FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
-     WHERE i.inhparent = 'keyvault.usage_records'::regclass AND c.relname ~ '^usage_records_[0-9]{4}_[0-9]{2}$'
-       AND isfinite(first_kept) AND c.relname < keyvault._usage_partition_name(first_kept)
-     ORDER BY c.relname LIMIT 1;
-    IF partition IS NULL THEN
-        RETURN NULL;
-    END IF;
-    -- A period that is open is proved from its records.
-    IF EXISTS (SELECT FROM keyvault.credit_balances b WHERE b.period_start < last_month) THEN
-        RETURN NULL;
-    END IF;
-    SELECT * INTO state FROM keyvault.usage_rollup FOR NO KEY UPDATE SKIP LOCKED;
-    IF NOT FOUND THEN
-        RETURN NULL;
-    END IF;
-    -- Keeps writers out of this month alone; DETACH takes its lock on all months when the sums are there.
-    EXECUTE format('LOCK TABLE %s IN SHARE MODE', partition);
-    EXECUTE format('SELECT NOT EXISTS (SELECT FROM %s WHERE debit_tag >= $1 AND debit_tag < $2)', partition)
-       INTO counted USING state.rolled_to, state.tag_base + (1::bigint << 48);
-    IF NOT counted THEN
-        RETURN NULL;
-    END IF;
-    EXECUTE format($sql$
-        WITH days AS MATERIALIZED (
-            SELECT r.user_id, (r.created_at AT TIME ZONE 'UTC')::date AS day, coalesce(r.provider, '') AS provider,
-                   coalesce(r.model, '') AS model, r.type, r.payer, count(*) AS calls, sum(r.input_tokens) AS input_tokens,
-                   sum(r.cached_tokens) AS cached_tokens, sum(r.output_tokens) AS output_tokens, sum(r.tokens) AS tokens,
-                   sum(r.credits) AS credits, sum(r.credits_overrun) AS credits_overrun, sum(r.cost_usd) AS cost_usd
-              FROM %s r GROUP BY 1, 2, 3, 4, 5, 6
-        ), taken AS (
-            INSERT INTO keyvault.usage_late
-            SELECT d.user_id, d.day, d.provider, d.model, d.type, d.payer, -d.calls, -d.input_tokens, -d.cached_tokens,
-                   -d.output_tokens, -d.tokens, -d.credits, -d.credits_overrun, -d.cost_usd FROM days d)
-        INSERT INTO keyvault.usage_retired SELECT d.* FROM days d$sql$, partition);
-    PERFORM keyvault._archive_usage(partition);
-    EXECUTE format('ALTER TABLE keyvault.usage_records DETACH PARTITION %s', partition);
-    IF current_setting('keyvault.drop_retired_usage')::boolean THEN
-        EXECUTE format('DROP TABLE %s', partition);
-    END IF;
-    RETURN keyvault._usage_partition_name(last_month - interval '1 day');
-END $$;
-COMMENT ON FUNCTION keyvault._retire_usage(timestamptz) IS
-    'Detaches, or drops, the oldest partition before kept_from, by default what keyvault.usage_retention does not keep, after its sums were put into usage_retired; returns its name. NULL when there is none, or its records are still needed: for an open period, or by the roll-up. Error: 55P03 when a lock is not to be had within 100 ms.';
+    'Makes the partitions of usage_records for this month, where it has no rows yet, and the months ahead; returns how many were made. The worker calls it.';
 -- Users' provider keys and what encrypts them.
 
 CREATE TABLE keyvault.vault (
@@ -1939,16 +615,10 @@ SELECT pg_catalog.pg_extension_config_dump('keyvault.vault', '');
 CREATE TABLE keyvault.master_keys (
     kek_id     bytea PRIMARY KEY CHECK (octet_length(kek_id) = 16),
     version    integer NOT NULL UNIQUE CHECK (version > 0),
-    created_at timestamptz NOT NULL DEFAULT now(),
-    status     text NOT NULL DEFAULT 'primary' CHECK (status IN ('primary', 'old', 'retired')),
-    retired_at timestamptz
+    created_at timestamptz NOT NULL DEFAULT now()
 );
-CREATE UNIQUE INDEX master_keys_primary ON keyvault.master_keys (status) WHERE status = 'primary';
 COMMENT ON TABLE keyvault.master_keys IS
     'Master keys that have wrapped data keys of this vault, known by an id derived from the key, never the key itself.';
-COMMENT ON COLUMN keyvault.master_keys.status IS
-    'primary: wraps new data keys; old: an earlier one, which still opens some; retired: wraps nothing, and never will again.';
-COMMENT ON COLUMN keyvault.master_keys.retired_at IS 'From when on no data key of this database needs it; backups of before do.';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.master_keys', '');
 
 CREATE TABLE keyvault.data_keys (
@@ -1960,9 +630,6 @@ CREATE TABLE keyvault.data_keys (
     PRIMARY KEY (user_id, version)
 );
 ALTER TABLE keyvault.data_keys ALTER COLUMN wrapped SET STORAGE PLAIN;
--- Which master key wraps what: rotation finds what is left by it.
-CREATE INDEX data_keys_kek_id ON keyvault.data_keys (substr(wrapped, 9, 16), user_id, version);
-CREATE INDEX data_keys_created_at ON keyvault.data_keys (created_at);
 COMMENT ON TABLE keyvault.data_keys IS 'Each user''s data key, wrapped by a master key. The user '''' is the platform.';
 COMMENT ON COLUMN keyvault.data_keys.wrapped IS 'D | 1 | suite | source | master key version (4) | kek_id (16) | nonce (12) | wrapped key (32) | tag (16).';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.data_keys', '');
@@ -1983,8 +650,8 @@ CREATE TABLE keyvault.api_keys (
     name         text COLLATE "C" NOT NULL DEFAULT 'default' CHECK (octet_length(name) BETWEEN 1 AND 63),
     ciphertext   bytea NOT NULL CHECK (octet_length(ciphertext) BETWEEN 100 AND 8192),
     hint         text NOT NULL,
-    fingerprint  bytea CHECK (octet_length(fingerprint) = 16),
-    source       text NOT NULL DEFAULT 'user' CHECK (source IN ('user', 'platform', 'reference')),
+    fingerprint  bytea NOT NULL CHECK (octet_length(fingerprint) = 16),
+    source       text NOT NULL DEFAULT 'user' CHECK (source IN ('user', 'platform')),
     status       text NOT NULL DEFAULT 'active' CHECK (status IN ('active', 'failed')),
     expires_at   timestamptz,
     last_used_at timestamptz,
@@ -1992,19 +659,15 @@ CREATE TABLE keyvault.api_keys (
     rotated_at   timestamptz,
     created_at   timestamptz NOT NULL DEFAULT now(),
     updated_at   timestamptz NOT NULL DEFAULT now(),
-    problem      text,
     PRIMARY KEY (user_id, id),
     CONSTRAINT api_keys_user_id_provider_name_key UNIQUE (user_id, provider, name)
 );
 ALTER TABLE keyvault.api_keys ALTER COLUMN ciphertext SET STORAGE EXTERNAL;
-CREATE INDEX api_keys_boxes ON keyvault.api_keys (user_id, id) WHERE fingerprint IS NULL;
 COMMENT ON TABLE keyvault.api_keys IS 'Provider keys that users handed over, encrypted. The user '''' is the platform.';
-COMMENT ON COLUMN keyvault.api_keys.ciphertext IS 'Secret record, or a sealed box that the worker has yet to make a record of: see "Formats" in doc/keyvault.md.';
+COMMENT ON COLUMN keyvault.api_keys.ciphertext IS 'Secret record: see "Formats" in doc/keyvault.md.';
 COMMENT ON COLUMN keyvault.api_keys.hint IS 'Enough of the key for its owner to recognise it: at most three first and four last characters.';
-COMMENT ON COLUMN keyvault.api_keys.fingerprint IS 'Keyed hash under the user''s own data key: equal for equal keys of one user, and only there. NULL for a sealed box.';
-COMMENT ON COLUMN keyvault.api_keys.problem IS 'Why a sealed box could not be opened.';
+COMMENT ON COLUMN keyvault.api_keys.fingerprint IS 'Keyed hash under the user''s own data key: equal for equal keys of one user and provider, and only there.';
 COMMENT ON COLUMN keyvault.api_keys.status IS 'active; failed: the provider refused it when it was last used.';
-COMMENT ON COLUMN keyvault.api_keys.source IS 'user; platform: its own; reference: what is encrypted names where the key is kept.';
 COMMENT ON COLUMN keyvault.api_keys.rotated_at IS 'When the value last changed.';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.api_keys', '');
 
@@ -2050,8 +713,7 @@ CREATE VIEW keyvault.api_key_status WITH (security_invoker = true, security_barr
 SELECT k.user_id, k.provider, k.name, k.hint, k.status, k.source, k.id,
        k.expires_at, k.last_used_at, k.last_verified_at, k.rotated_at, k.created_at,
        coalesce(m.calls, 0) AS calls_this_month,
-       coalesce(m.cost_usd, 0) AS cost_usd_this_month,
-       k.problem
+       coalesce(m.cost_usd, 0) AS cost_usd_this_month
   FROM keyvault.api_keys k
   LEFT JOIN LATERAL (
        SELECT count(*) AS calls, sum(r.cost_usd) AS cost_usd
@@ -2060,147 +722,6 @@ SELECT k.user_id, k.provider, k.name, k.hint, k.status, k.source, k.id,
           AND r.created_at >= date_trunc('month', now(), 'UTC')) m ON true;
 COMMENT ON VIEW keyvault.api_key_status IS
     'The acting user''s keys without their values: hint, status and this month''s calls (UTC). Access admin sees every user''s.';
--- The keys that clients seal API keys to.
-
-CREATE TABLE keyvault.sealing_keys (
-    key_id     bytea PRIMARY KEY CHECK (octet_length(key_id) = 4),
-    id         uuid NOT NULL,
-    public_key bytea NOT NULL CHECK (octet_length(public_key) = 65),
-    ciphertext bytea NOT NULL,
-    created_at timestamptz NOT NULL DEFAULT now(),
-    retired_at timestamptz NOT NULL
-);
-COMMENT ON TABLE keyvault.sealing_keys IS 'The vault''s pairs of keys on P-256 to which clients seal API keys; several may be in use at once.';
-COMMENT ON COLUMN keyvault.sealing_keys.key_id IS 'The first four bytes of the SHA-256 of public_key.';
-COMMENT ON COLUMN keyvault.sealing_keys.public_key IS 'A point on P-256, uncompressed (SEC 1, section 2.3.3).';
-COMMENT ON COLUMN keyvault.sealing_keys.ciphertext IS 'The private key, 32 bytes, as a secret record of the platform''s.';
-COMMENT ON COLUMN keyvault.sealing_keys.retired_at IS 'Boxes for this key are taken until then.';
-SELECT pg_catalog.pg_extension_config_dump('keyvault.sealing_keys', '');
-
-CREATE TABLE keyvault.sealed_boxes (
-    user_id    text COLLATE "C" NOT NULL,
-    digest     bytea NOT NULL CHECK (octet_length(digest) = 32),
-    key_id     bytea NOT NULL,
-    created_at timestamptz NOT NULL DEFAULT now(),
-    PRIMARY KEY (user_id, digest)
-);
-COMMENT ON TABLE keyvault.sealed_boxes IS 'SHA-256 of the boxes that were taken, so that none is taken twice; forgotten with the sealing key.';
-ALTER TABLE keyvault.sealed_boxes ENABLE ROW LEVEL SECURITY;
-SELECT pg_catalog.pg_extension_config_dump('keyvault.sealed_boxes', '');
-
-CREATE FUNCTION keyvault._forget_sealing_keys() RETURNS void
-    LANGUAGE sql VOLATILE PARALLEL UNSAFE
-BEGIN ATOMIC
-    WITH forgotten AS (
-        DELETE FROM keyvault.sealing_keys s
-         WHERE s.retired_at <= now()
-           AND NOT EXISTS (SELECT FROM keyvault.api_keys k WHERE k.fingerprint IS NULL AND substr(k.ciphertext, 2, 4) = s.key_id)
-        RETURNING s.key_id)
-    DELETE FROM keyvault.sealed_boxes b USING forgotten f WHERE b.key_id = f.key_id;
-END;
-COMMENT ON FUNCTION keyvault._forget_sealing_keys() IS
-    'Deletes sealing keys whose boxes are no longer taken and that no stored box needs, with the digests of their boxes.';
-
-CREATE FUNCTION keyvault._forget_problem() RETURNS trigger
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-BEGIN
-    NEW.problem := NULL;
-    RETURN NEW;
-END $$;
-COMMENT ON FUNCTION keyvault._forget_problem() IS 'Trigger of api_keys: a new value has not the problem of the one before.';
-CREATE TRIGGER forget_problem BEFORE UPDATE OF ciphertext ON keyvault.api_keys
-    FOR EACH ROW WHEN (OLD.problem IS NOT NULL) EXECUTE FUNCTION keyvault._forget_problem();
-
-CREATE FUNCTION keyvault._wake_worker_now() RETURNS void
-    LANGUAGE c VOLATILE PARALLEL UNSAFE
-    AS 'MODULE_PATHNAME', 'keyvault_wake_worker_now';
-COMMENT ON FUNCTION keyvault._wake_worker_now() IS 'Has this database''s worker look at its work at once, before the transaction ends.';
-
-CREATE FUNCTION keyvault._describe_sealing_key(key_id bytea) RETURNS jsonb
-    LANGUAGE sql STABLE PARALLEL SAFE
-BEGIN ATOMIC
-    SELECT jsonb_build_object(
-        'format', 'keyvault/seal/v1',
-        'key_id', encode(s.key_id, 'base64'),
-        'public_key', replace(encode(s.public_key, 'base64'), chr(10), ''),
-        'jwk', jsonb_build_object('kty', 'EC', 'crv', 'P-256', 'use', 'enc', 'kid', encode(s.key_id, 'hex'),
-            'x', translate(encode(substr(s.public_key, 2, 32), 'base64'), '+/=', '-_'),
-            'y', translate(encode(substr(s.public_key, 34, 32), 'base64'), '+/=', '-_')),
-        'vault_id', v.vault_id,
-        'curve', 'P-256', 'kdf', 'HKDF-SHA256', 'cipher', 'AES-256-GCM',
-        'associated_data', replace(encode(convert_to('keyvault/seal/v1', 'UTF8') || int4send(16) || uuid_send(v.vault_id), 'base64'), chr(10), ''),
-        'accepted_until', s.retired_at)
-      FROM keyvault.sealing_keys s, keyvault.vault v WHERE s.key_id = $1;
-END;
-COMMENT ON FUNCTION keyvault._describe_sealing_key(bytea) IS 'What sealing_key() returns, for the sealing key with that id.';
-
-CREATE FUNCTION keyvault.sealing_key() RETURNS jsonb
-    LANGUAGE c VOLATILE PARALLEL UNSAFE
-    AS 'MODULE_PATHNAME', 'keyvault_sealing_key';
-COMMENT ON FUNCTION keyvault.sealing_key() IS
-    'The public key to which a client seals API keys, and what else that takes, bytes in base64: public_key (a point on P-256) and the same as jwk, key_id, associated_data (its beginning), vault_id, accepted_until. Format: "Sealed box" in doc/keyvault.md. Makes the key at first use and when it is older than keyvault.sealing_key_lifetime. Error: KV004.';
-
-CREATE FUNCTION keyvault.store_sealed_api_key(provider text, sealed bytea, name text = 'default', user_id text = NULL) RETURNS uuid
-    LANGUAGE c VOLATILE PARALLEL UNSAFE
-    AS 'MODULE_PATHNAME', 'keyvault_store_sealed_api_key';
-COMMENT ON FUNCTION keyvault.store_sealed_api_key(text, bytea, text, text) IS
-    'Keeps a key that a client sealed to sealing_key() for this user and provider; returns its id. A box is taken once. Errors: KV004, KV005 it does not open, was sealed for another user or provider, or was stored before, KV009 malformed key, 22004, 22023, 40001, 42501 as store_api_key.';
--- Development mode: keys of a .env file.
-
-CREATE FUNCTION keyvault._env_file_has_key(provider text) RETURNS boolean
-    LANGUAGE c STABLE STRICT PARALLEL SAFE
-    AS 'MODULE_PATHNAME', 'keyvault_env_file_has_key';
-COMMENT ON FUNCTION keyvault._env_file_has_key(text) IS
-    'In development mode: has the .env file a key for the provider? NULL in production. Error: 55000 keyvault.env_file is not set.';
--- Many keys at once: taken in, exported for recovery, restored.
-
-CREATE FUNCTION keyvault.store_api_keys(keys jsonb, user_id text = NULL) RETURNS TABLE (provider text, id uuid)
-    LANGUAGE c VOLATILE PARALLEL UNSAFE
-    AS 'MODULE_PATHNAME', 'keyvault_store_api_keys';
-COMMENT ON FUNCTION keyvault.store_api_keys(jsonb, text) IS
-    'Encrypts and keeps a user''s keys {"provider": "key", ...} under the name ''default'', all or none; returns their ids. Pass the keys as a bind parameter. Errors: as store_api_key, KV009 naming the provider; 22023 keys is not such an object.';
-
-CREATE FUNCTION keyvault.export_recovery_bundle(public_key text, user_ids text[] = NULL) RETURNS bytea
-    LANGUAGE c VOLATILE PARALLEL UNSAFE
-    AS 'MODULE_PATHNAME', 'keyvault_export_recovery_bundle';
-COMMENT ON FUNCTION keyvault.export_recovery_bundle(text, text[]) IS
-    'The keys of these users, or of all and the platform, as an OpenPGP message (RFC 4880) to an armored public key (RSA or ElGamal): JSON lines {"user_id", "provider", "name", "key", "expires_at"}. No access includes it: a superuser, or who was granted EXECUTE. Errors: KV004, 42501 keyvault.reveal is off, 39000 pgcrypto cannot use the key.';
-
-CREATE FUNCTION keyvault.restore_api_keys(lines text) RETURNS bigint
-    LANGUAGE c VOLATILE PARALLEL UNSAFE
-    AS 'MODULE_PATHNAME', 'keyvault_restore_api_keys';
-COMMENT ON FUNCTION keyvault.restore_api_keys(text) IS
-    'Stores the keys of a decrypted recovery bundle in this vault, all or none, replacing those of the same names; returns how many. No access includes it. Errors: 22023 a line is none of a bundle''s, 42501, and those of store_api_key.';
--- Other keys in the place of old ones, and what is due for it.
-
-CREATE VIEW keyvault.master_key_status WITH (security_invoker = true, security_barrier = true) AS
-SELECT m.version, encode(m.kek_id, 'hex') AS kek_id, m.status,
-       (SELECT count(*) FROM keyvault.data_keys d WHERE substr(d.wrapped, 9, 16) = m.kek_id) AS data_keys,
-       m.created_at, m.retired_at
-  FROM keyvault.master_keys m;
-COMMENT ON VIEW keyvault.master_key_status IS
-    'Each master key that this vault has known: its id, its status, and how many data keys it wraps, which is a rotation''s progress. For superusers.';
-
-CREATE FUNCTION keyvault.rotate_master_key() RETURNS bigint
-    LANGUAGE c VOLATILE PARALLEL UNSAFE
-    AS 'MODULE_PATHNAME', 'keyvault_rotate_master_key';
-COMMENT ON FUNCTION keyvault.rotate_master_key() IS
-    'Makes the first of the loaded master keys the one that wraps, wraps every data key of another again, and retires those that wrap nothing any more; returns how many data keys were wrapped. In one transaction, which waits for, and then keeps back, those who store a first key of a user: for large vaults CALL keyvault.rotate_master_key(batch). A superuser calls it. Errors: KV004 a master key is not loaded, 55000 the first one was retired, 25000 isolation level, 42501 keyvault.reveal is off.';
-
-CREATE PROCEDURE keyvault.rotate_master_key(batch integer)
-    LANGUAGE c
-    AS 'MODULE_PATHNAME', 'keyvault_rotate_master_key_in_batches';
-COMMENT ON PROCEDURE keyvault.rotate_master_key(integer) IS
-    'As rotate_master_key(), with a transaction for each batch of 1 to 100000 data keys, NULL for 1000: nobody is kept waiting, and after an interruption another call goes on. Waits once for the transactions that are storing first keys. Not inside a transaction block (2D000). A superuser calls it. Errors: those of rotate_master_key(), 22023.';
--- Keys that are kept on a Vault server.
-
-CREATE FUNCTION keyvault.store_api_key_reference(provider text, reference text, name text = 'default', user_id text = NULL) RETURNS uuid
-    LANGUAGE c VOLATILE PARALLEL UNSAFE
-    AS 'MODULE_PATHNAME', 'keyvault_store_api_key_reference';
-COMMENT ON FUNCTION keyvault.store_api_key_reference(text, text, text, text) IS
-    'Keeps where a user''s key is instead of the key, vault:mount/path#field (HashiCorp Vault or OpenBao, key/value engine version 2); the worker fetches it for calls. Returns its id. Access app. Errors: 22004, 22023, 42501, KV004, 40001 as store_api_key.';
 -- Providers and what their models cost.
 
 CREATE TABLE keyvault.providers (
@@ -2213,7 +734,7 @@ CREATE TABLE keyvault.providers (
     auth_scheme  text CHECK (auth_scheme ~ '^[A-Za-z0-9-]{1,32}$'),
     headers      jsonb NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(headers) = 'object' AND NOT jsonb_path_exists(headers,
                  '$.keyvalue() ? (@.value.type() != "string" || !(@.value like_regex "^[ -~]*$") || !(@.key like_regex "^[A-Za-z0-9-]+$"))')),
-    env_var      text CHECK (env_var ~ '^[A-Z][A-Z0-9_]{0,62}$'),
+    env_variable text CHECK (env_variable ~ '^[A-Z][A-Z0-9_]{0,62}$'),
     key_pattern  text,
     test_path    text CHECK (test_path ~ '^/[!-~]*$'),
     allowed_host text,
@@ -2228,8 +749,7 @@ COMMENT ON COLUMN keyvault.providers.platform_paths IS
 COMMENT ON COLUMN keyvault.providers.auth_header IS 'The header that carries the key.';
 COMMENT ON COLUMN keyvault.providers.auth_scheme IS 'The word before the key in that header, such as Bearer; NULL for the bare key.';
 COMMENT ON COLUMN keyvault.providers.headers IS 'Further headers of every request, {"name": "value"}.';
-COMMENT ON COLUMN keyvault.providers.env_var IS
-    'The environment variable the provider''s own SDK reads its key from, and development mode; NULL for the provider''s name and _API_KEY.';
+COMMENT ON COLUMN keyvault.providers.env_variable IS 'The environment variable the provider''s own SDK reads its key from.';
 COMMENT ON COLUMN keyvault.providers.key_pattern IS 'A regular expression that a key must match, besides 8 to 512 printable ASCII characters.';
 COMMENT ON COLUMN keyvault.providers.test_path IS 'A path whose GET answers 200 to a good key and costs nothing.';
 COMMENT ON COLUMN keyvault.providers.allowed_host IS
@@ -2238,7 +758,7 @@ COMMENT ON COLUMN keyvault.providers.usd_per_request IS 'Cost of a call for whic
 
 -- key_pattern refuses only what is recognisably another provider's key: no vendor promises a shape for its own.
 INSERT INTO keyvault.providers
-    (provider, base_url, dialect, default_path, platform_paths, auth_header, auth_scheme, headers, env_var, key_pattern, test_path, seeded)
+    (provider, base_url, dialect, default_path, platform_paths, auth_header, auth_scheme, headers, env_variable, key_pattern, test_path, seeded)
 VALUES
     ('openai', 'https://api.openai.com', 'openai', '/v1/chat/completions', '{/v1/chat/completions,/v1/responses,/v1/embeddings}', 'Authorization', 'Bearer', '{}',
      'OPENAI_API_KEY', '^(?!sk-ant-|AIza|xai-|gsk_)', '/v1/models', true),
@@ -2265,20 +785,6 @@ CREATE TRIGGER keep_customized BEFORE INSERT OR UPDATE ON keyvault.providers
     FOR EACH ROW EXECUTE FUNCTION keyvault._keep_customized('{provider}');
 SELECT pg_catalog.pg_extension_config_dump('keyvault.providers', 'WHERE NOT seeded');
 
-CREATE FUNCTION keyvault._are_context_tiers(tiers jsonb) RETURNS boolean
-    LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
-    SET search_path = pg_catalog, pg_temp
-AS $$
-BEGIN
-    RETURN tiers IS NULL OR (jsonb_typeof(tiers) = 'array' AND NOT EXISTS (
-        SELECT FROM jsonb_array_elements(tiers) t
-         WHERE jsonb_typeof(t) <> 'object' OR NOT t ? 'over' OR EXISTS (
-            SELECT FROM jsonb_each(t) e
-             WHERE e.key NOT IN ('over', 'input', 'cached_input', 'output', 'reasoning') OR jsonb_typeof(e.value) <> 'number'
-                OR e.value::numeric < 0 OR e.value::numeric >= 1e9)));
-END $$;
-COMMENT ON FUNCTION keyvault._are_context_tiers(jsonb) IS 'True for NULL and for what model_prices.context_tiers may hold.';
-
 CREATE TABLE keyvault.model_prices (
     provider      text COLLATE "C" NOT NULL,
     model         text COLLATE "C" NOT NULL,
@@ -2289,19 +795,8 @@ CREATE TABLE keyvault.model_prices (
     context_window integer CHECK (context_window > 0),
     source        text,
     seeded        boolean NOT NULL DEFAULT false,
-    reasoning_usd_per_mtok    numeric(18,9) CHECK (reasoning_usd_per_mtok >= 0 AND reasoning_usd_per_mtok < 'Infinity'),
-    usd_per_request numeric(18,9) NOT NULL DEFAULT 0 CHECK (usd_per_request >= 0 AND usd_per_request < 'Infinity'),
-    usd_per_unit  numeric(18,9) NOT NULL DEFAULT 0 CHECK (usd_per_unit >= 0 AND usd_per_unit < 'Infinity'),
-    unit          text CHECK (unit <> ''),
-    context_tiers jsonb CHECK (keyvault._are_context_tiers(context_tiers)),
     PRIMARY KEY (provider, model, valid_from)
 );
-COMMENT ON COLUMN keyvault.model_prices.reasoning_usd_per_mtok IS 'For the output tokens that are reasoning; NULL: as the others.';
-COMMENT ON COLUMN keyvault.model_prices.usd_per_request IS 'Besides tokens, for each use.';
-COMMENT ON COLUMN keyvault.model_prices.usd_per_unit IS 'Besides tokens, for each of usage_records.units.';
-COMMENT ON COLUMN keyvault.model_prices.unit IS 'What units counts, for people: image, second, page.';
-COMMENT ON COLUMN keyvault.model_prices.context_tiers IS
-    'Prices of a whole use with more input tokens than "over": [{"over": 200000, "input": 6, "cached_input": 0.6, "output": 22.5, "reasoning": 22.5}, ...], each in USD per million tokens; a price that is left out stays. The highest tier that applies counts.';
 COMMENT ON TABLE keyvault.model_prices IS 'What providers charge per million tokens, in USD; the row with the latest valid_from that has come counts.';
 COMMENT ON COLUMN keyvault.model_prices.cached_input_usd_per_mtok IS 'For input tokens from the provider''s cache; NULL: as fresh ones.';
 COMMENT ON COLUMN keyvault.model_prices.source IS 'Where the figures come from.';
@@ -2389,37 +884,6 @@ VALUES
     ('xai', 'grok-4.20', 1.25, 2.5, 0.2, 1000000, 'genai-prices 0.1.8 (2026-09-23); long-context tier over 199999 tokens', true),
     ('xai', 'grok-build-0.1', 1, 2, 0.2, 256000, 'genai-prices 0.1.8 (2026-09-23); models.dev f3fc69229 (2026-07-02) agrees; long-context tier over 199999 tokens', true);
 
-INSERT INTO keyvault.model_prices
-    (provider, model, valid_from, input_usd_per_mtok, output_usd_per_mtok, cached_input_usd_per_mtok, context_window, source, seeded)
-VALUES
-    ('gemini', 'gemini-3.8-flash', '2027-01-01 00:00+00', 1.5, 7.5, 0.15, 1000000, 'genai-prices 0.1.8 (2026-09-23)', true),
-    ('gemini', 'gemini-3.7-flash', '2027-01-01 00:00+00', 1.5, 7.5, 0.15, 1000000, 'genai-prices 0.1.8 (2026-09-23)', true),
-    ('gemini', 'gemini-3.6-flash', '2027-01-01 00:00+00', 1.5, 7.5, 0.15, 1000000, 'genai-prices 0.1.8 (2026-09-23)', true);
-
-UPDATE keyvault.model_prices m
-   SET context_tiers = jsonb_build_array(jsonb_strip_nulls(jsonb_build_object('over', t.over_tokens, 'input', t.input,
-                                                                              'cached_input', t.cached_input, 'output', t.output)))
-  FROM (VALUES
-          ('openai', 'gpt-6-astra', 271999, 20, 2, 75),
-          ('openai', 'gpt-6-sol', 272000, 4, 0.4, 15),
-          ('openai', 'gpt-6-luna', 272000, 0.2, 0.02, 0.75),
-          ('openai', 'gpt-5.6-sol', 271999, 8, 0.8, 30),
-          ('openai', 'gpt-5.6-terra', 271999, 4, 0.4, 18),
-          ('openai', 'gpt-5.6-luna', 271999, 0.4, 0.04, 1.8),
-          ('openai', 'gpt-5.5-pro', 271999, 60, NULL, 270),
-          ('openai', 'gpt-5.5', 271999, 10, 1, 45),
-          ('openai', 'gpt-5.4', 271999, 5, 0.5, 22.5),
-          ('anthropic', 'claude-sonnet-4-5', 200000, 6, 0.6, 22.5),
-          ('gemini', 'gemini-3.1-pro-preview', 200000, 4, 0.4, 18),
-          ('gemini', 'gemini-2.5-pro', 200000, 2.5, 0.25, 15),
-          ('xai', 'grok-4.6', 199999, 4, 1, 12),
-          ('xai', 'grok-4.5', 199999, 4, 0.6, 12),
-          ('xai', 'grok-4.3', 199999, 2.5, 0.4, 5),
-          ('xai', 'grok-4.20', 199999, 2.5, 0.4, 5),
-          ('xai', 'grok-build-0.1', 199999, 2, 0.4, 4)
-       ) t(provider, model, over_tokens, input, cached_input, output)
- WHERE m.provider OPERATOR(pg_catalog.=) t.provider AND m.model OPERATOR(pg_catalog.=) t.model;
-
 CREATE TRIGGER keep_customized BEFORE INSERT OR UPDATE ON keyvault.model_prices
     FOR EACH ROW EXECUTE FUNCTION keyvault._keep_customized('{provider,model,valid_from}');
 SELECT pg_catalog.pg_extension_config_dump('keyvault.model_prices', 'WHERE NOT seeded');
@@ -2436,261 +900,26 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION keyvault._unknown_provider() IS
     'Raises 22023 with the providers that are known; what was asked for is not quoted, as it may be a key in the wrong place.';
--- What a use costs: from tokens to USD by model_prices, from USD to credits by plan.
 
-CREATE TABLE keyvault.plan_prices (
-    plan          text COLLATE "C" NOT NULL,
-    provider      text COLLATE "C" NOT NULL,
-    model         text COLLATE "C" NOT NULL,
-    valid_from    timestamptz NOT NULL DEFAULT '-infinity',
-    input_usd_per_mtok        numeric(18,9) NOT NULL CHECK (input_usd_per_mtok >= 0 AND input_usd_per_mtok < 'Infinity'),
-    output_usd_per_mtok       numeric(18,9) NOT NULL CHECK (output_usd_per_mtok >= 0 AND output_usd_per_mtok < 'Infinity'),
-    cached_input_usd_per_mtok numeric(18,9) CHECK (cached_input_usd_per_mtok >= 0 AND cached_input_usd_per_mtok < 'Infinity'),
-    reasoning_usd_per_mtok    numeric(18,9) CHECK (reasoning_usd_per_mtok >= 0 AND reasoning_usd_per_mtok < 'Infinity'),
-    usd_per_request numeric(18,9) NOT NULL DEFAULT 0 CHECK (usd_per_request >= 0 AND usd_per_request < 'Infinity'),
-    usd_per_unit  numeric(18,9) NOT NULL DEFAULT 0 CHECK (usd_per_unit >= 0 AND usd_per_unit < 'Infinity'),
-    context_tiers jsonb CHECK (keyvault._are_context_tiers(context_tiers)),
-    PRIMARY KEY (plan, provider, model, valid_from)
-);
-COMMENT ON TABLE keyvault.plan_prices IS
-    'What a plan''s users pay for a model instead of model_prices: it makes the credits; cost_usd stays what the provider charges. Columns as there; the latest valid_from that has come counts.';
-SELECT pg_catalog.pg_extension_config_dump('keyvault.plan_prices', '');
-
-CREATE FUNCTION keyvault._find_price(provider text, model text, at timestamptz, plan text = NULL) RETURNS keyvault.model_prices
+CREATE FUNCTION keyvault._price_usd(provider text, model text, at timestamptz, input_tokens bigint, cached_tokens bigint, output_tokens bigint) RETURNS numeric
     LANGUAGE plpgsql STABLE
     SET search_path = pg_catalog, pg_temp
 AS $$
 #variable_conflict use_column
 DECLARE
     family text := regexp_replace($2, '-([0-9]{8}|[0-9]{4}-[0-9]{2}-[0-9]{2}|latest)$', '');
-    price keyvault.model_prices;
+    p keyvault.model_prices;
 BEGIN
-    IF $4 IS NOT NULL THEN
-        SELECT m.provider, m.model, m.valid_from, m.input_usd_per_mtok, m.output_usd_per_mtok, m.cached_input_usd_per_mtok,
-               NULL, NULL, false, m.reasoning_usd_per_mtok, m.usd_per_request, m.usd_per_unit, NULL, m.context_tiers
-          INTO price
-          FROM keyvault.plan_prices m
-         WHERE m.plan = $4 AND m.provider = $1 AND m.model IN ($2, family) AND m.valid_from <= at
-         ORDER BY m.model = $2 DESC, m.valid_from DESC
-         LIMIT 1;
-    ELSIF $1 IS NOT NULL THEN
-        SELECT * INTO price FROM keyvault.model_prices m
-         WHERE m.provider = $1 AND m.model IN ($2, family) AND m.valid_from <= at
-         ORDER BY m.model = $2 DESC, m.valid_from DESC
-         LIMIT 1;
-    ELSE
-        SELECT c.* INTO price
-          FROM (SELECT DISTINCT ON (m.provider, m.model) m.* FROM keyvault.model_prices m
-                 WHERE m.model IN ($2, family) AND m.valid_from <= at
-                 ORDER BY m.provider, m.model, m.valid_from DESC) c
-         ORDER BY c.model = $2 DESC, c.output_usd_per_mtok DESC, c.input_usd_per_mtok DESC, c.provider
-         LIMIT 1;
-    END IF;
-    RETURN price;
-END $$;
-COMMENT ON FUNCTION keyvault._find_price(text, text, timestamptz, text) IS
-    'The price of a model in force at a time, of plan_prices when plan is given; NULL without one. A dated or "latest" name of a model counts as the model. Without a provider the dearest that has the model counts.';
-
-CREATE FUNCTION keyvault._use_usd(price keyvault.model_prices, input_tokens bigint, cached_tokens bigint, output_tokens bigint,
-                                  reasoning_tokens bigint, units numeric, OUT usd numeric, OUT used jsonb)
-    LANGUAGE plpgsql IMMUTABLE
-    SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    tier jsonb := (SELECT t FROM jsonb_array_elements(price.context_tiers) t WHERE (t ->> 'over')::numeric < input_tokens
-                    ORDER BY (t ->> 'over')::numeric DESC LIMIT 1);
-    input_price numeric := coalesce((tier ->> 'input')::numeric, price.input_usd_per_mtok);
-    cached_price numeric := coalesce((tier ->> 'cached_input')::numeric, price.cached_input_usd_per_mtok, input_price);
-    output_price numeric := coalesce((tier ->> 'output')::numeric, price.output_usd_per_mtok);
-    reasoning_price numeric := coalesce((tier ->> 'reasoning')::numeric, price.reasoning_usd_per_mtok, output_price);
-    fresh bigint := coalesce(input_tokens, 0) - least(coalesce(cached_tokens, 0), coalesce(input_tokens, 0));
-    thought bigint := least(coalesce(reasoning_tokens, 0), coalesce(output_tokens, 0));
-BEGIN
-    IF price.model IS NULL THEN
-        RETURN;
-    END IF;
-    usd := least(round((fresh * input_price + (coalesce(input_tokens, 0) - fresh) * cached_price
-                        + (coalesce(output_tokens, 0) - thought) * output_price + thought * reasoning_price) / 1000000
-                       + price.usd_per_request + coalesce(units, 0) * price.usd_per_unit, 9), 999999999);
-    used := jsonb_strip_nulls(jsonb_build_object(
-        'provider', price.provider, 'model', price.model, 'valid_from', nullif(price.valid_from, '-infinity'),
-        'input', trim_scale(input_price), 'cached_input', trim_scale(nullif(cached_price, input_price)),
-        'output', trim_scale(output_price), 'reasoning', trim_scale(nullif(reasoning_price, output_price)),
-        'per_request', trim_scale(nullif(price.usd_per_request, 0)), 'per_unit', trim_scale(nullif(price.usd_per_unit, 0)),
-        'over', tier -> 'over'));
-END $$;
-COMMENT ON FUNCTION keyvault._use_usd(keyvault.model_prices, bigint, bigint, bigint, bigint, numeric) IS
-    'What a use costs in USD at a price, and what of the price was used; NULL without a price. cached_tokens are part of input_tokens, reasoning_tokens of output_tokens.';
-
-CREATE FUNCTION keyvault._price_usd(provider text, model text, at timestamptz, input_tokens bigint, cached_tokens bigint, output_tokens bigint) RETURNS numeric
-    LANGUAGE plpgsql STABLE
-    SET search_path = pg_catalog, pg_temp
-AS $$
-BEGIN
-    RETURN (SELECT q.usd FROM keyvault._use_usd(keyvault._find_price($1, $2, at), $4, $5, $6, NULL, NULL) q);
+    SELECT * INTO p FROM keyvault.model_prices m
+     WHERE m.provider = $1 AND m.model IN ($2, family) AND m.valid_from <= at
+     ORDER BY m.model = $2 DESC, m.valid_from DESC
+     LIMIT 1;
+    RETURN round(((input_tokens - cached_tokens) * p.input_usd_per_mtok
+                  + cached_tokens * coalesce(p.cached_input_usd_per_mtok, p.input_usd_per_mtok)
+                  + output_tokens * p.output_usd_per_mtok) / 1000000, 9);
 END $$;
 COMMENT ON FUNCTION keyvault._price_usd(text, text, timestamptz, bigint, bigint, bigint) IS
-    'What a call cost in USD by model_prices, NULL for a model without a price. cached_tokens are part of input_tokens.';
-
-CREATE FUNCTION keyvault._credits_owed(plan text, payer text, cost_usd numeric) RETURNS numeric
-    LANGUAGE plpgsql STABLE
-    SET search_path = pg_catalog, pg_temp
-AS $$
-#variable_conflict use_column
-DECLARE
-    p keyvault.plans;
-BEGIN
-    SELECT * INTO STRICT p FROM keyvault.plans WHERE plan = $1;
-    RETURN least(round((cost_usd * CASE payer WHEN 'user' THEN p.own_key_rate ELSE 1 END + p.infrastructure_usd)
-                       * (1 + p.margin) * p.credits_per_usd, 6), 999999999999);
-END $$;
-COMMENT ON FUNCTION keyvault._credits_owed(text, text, numeric) IS
-    'What a cost in USD is in credits on a plan, with its infrastructure and margin, by whose key was used.';
-
-CREATE FUNCTION keyvault._unknown_model_usd(plan keyvault.plans, provider text, model text, tokens bigint) RETURNS numeric
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-#variable_conflict use_variable
-DECLARE
-    usd numeric := 0;
-BEGIN
-    IF plan.unknown_model = 'refuse' THEN
-        RAISE EXCEPTION 'model "%" has no price', coalesce(model, '')
-            USING ERRCODE = 'invalid_parameter_value',
-                  HINT = 'Give the credits, or add its price with INSERT INTO keyvault.model_prices; keyvault.plans.unknown_model says what is done without one.';
-    END IF;
-    IF plan.unknown_model = 'charge' THEN
-        usd := round(tokens * plan.unknown_model_usd_per_mtok / 1000000, 9);
-        IF usd = 0 THEN
-            usd := coalesce((SELECT p.usd_per_request FROM keyvault.providers p WHERE p.provider = $2), 0.01);
-        END IF;
-    END IF;
-    RAISE WARNING 'model "%" has no price: % USD assumed', coalesce(model, ''), trim_scale(usd)
-        USING HINT = 'Add its price with INSERT INTO keyvault.model_prices; keyvault.plans.unknown_model says what is done without one.';
-    RETURN usd;
-END $$;
-COMMENT ON FUNCTION keyvault._unknown_model_usd(keyvault.plans, text, text, bigint) IS
-    'What a use of a model without a price is taken to cost, by its user''s plan, with a WARNING. Error: 22023 on a plan that refuses it.';
-
-CREATE FUNCTION keyvault._price_use(user_id text, provider text, model text, payer text, at timestamptz, input_tokens bigint, cached_tokens bigint,
-                                    output_tokens bigint, reasoning_tokens bigint, tokens bigint, units numeric, cost_usd numeric,
-                                    OUT credits numeric, OUT usd numeric, OUT priced_provider text, OUT price jsonb)
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-#variable_conflict use_variable
-DECLARE
-    plan keyvault.plans;
-    found_price keyvault.model_prices;
-    -- Tokens of a kind that nobody states are taken for output.
-    unstated bigint := greatest(coalesce(tokens, 0) - coalesce(input_tokens, 0) - coalesce(output_tokens, 0), 0);
-    output_all bigint := coalesce(output_tokens, 0) + unstated;
-    sold_usd numeric;
-    sold_used jsonb;
-BEGIN
-    SELECT p.* INTO plan FROM keyvault.users u JOIN keyvault.plans p ON p.plan = u.plan WHERE u.user_id = $1;
-    IF NOT FOUND THEN
-        SELECT p.* INTO STRICT plan FROM keyvault.plans p WHERE p.plan = 'free';
-    END IF;
-    priced_provider := provider;
-    IF cost_usd > 0 THEN
-        usd := cost_usd;
-        price := '{}';
-    ELSIF model IS NULL AND provider IS NULL AND units IS NULL AND coalesce(input_tokens, 0) + output_all = 0 THEN
-        credits := 0;
-        usd := 0;
-        RETURN;
-    ELSE
-        found_price := keyvault._find_price(provider, model, at);
-        SELECT q.usd, q.used INTO usd, price
-          FROM keyvault._use_usd(found_price, input_tokens, cached_tokens, output_all, reasoning_tokens, units) q;
-        IF usd IS NULL THEN
-            usd := keyvault._unknown_model_usd(plan, provider, model, coalesce(input_tokens, 0) + output_all);
-            price := jsonb_build_object('unknown', plan.unknown_model);
-        ELSE
-            priced_provider := found_price.provider;
-        END IF;
-        SELECT q.usd, q.used INTO sold_usd, sold_used
-          FROM keyvault._use_usd(keyvault._find_price(priced_provider, model, at, plan.plan), input_tokens, cached_tokens, output_all,
-                                 reasoning_tokens, units) q;
-    END IF;
-    credits := keyvault._credits_owed(plan.plan, payer, coalesce(sold_usd, usd));
-    price := price || jsonb_strip_nulls(jsonb_build_object(
-        'plan', plan.plan, 'plan_price', sold_used, 'credits_per_usd', trim_scale(plan.credits_per_usd),
-        'own_key_rate', CASE payer WHEN 'user' THEN trim_scale(plan.own_key_rate) END,
-        'infrastructure_usd', trim_scale(nullif(plan.infrastructure_usd, 0)), 'margin', trim_scale(nullif(plan.margin, 0))));
-END $$;
-COMMENT ON FUNCTION keyvault._price_use(text, text, text, text, timestamptz, bigint, bigint, bigint, bigint, bigint, numeric, numeric) IS
-    'What a use costs its user in credits and the provider''s customer in USD, by which provider''s price, and the price for usage_records.price. Error: 22023 for an unknown model on a plan that refuses it.';
-
--- usage_records cannot have a unique key without its partitions' created_at.
-CREATE TABLE keyvault.usage_keys (
-    user_id         text COLLATE "C" NOT NULL,
-    idempotency_key text COLLATE "C" NOT NULL,
-    usage_id        uuid NOT NULL,
-    fingerprint     bytea NOT NULL,
-    created_at      timestamptz NOT NULL DEFAULT now(),
-    PRIMARY KEY (user_id, idempotency_key)
-);
-COMMENT ON TABLE keyvault.usage_keys IS 'Which usage record an idempotency key of record_usage stands for.';
-COMMENT ON COLUMN keyvault.usage_keys.fingerprint IS 'SHA-256 of what was recorded.';
-SELECT pg_catalog.pg_extension_config_dump('keyvault.usage_keys', '');
-ALTER TABLE keyvault.usage_keys ENABLE ROW LEVEL SECURITY;
-
-CREATE FUNCTION keyvault._record_usage(
-    type text, model text, input_tokens integer, output_tokens integer, credits numeric, user_id text, idempotency_key text, metadata jsonb,
-    provider text, cached_tokens bigint, reasoning_tokens bigint, units numeric, payer text, cost_usd numeric, issued_key_id uuid,
-    member_id text) RETURNS uuid
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-#variable_conflict use_column
-DECLARE
-    usage uuid := keyvault.uuidv7();
-    print bytea;
-    earlier keyvault.usage_keys;
-BEGIN
-    IF $1 IS NULL THEN
-        RAISE EXCEPTION 'type must not be null' USING ERRCODE = 'null_value_not_allowed', HINT = 'Pass chat, api, automation or your own word.';
-    END IF;
-    IF $7 IS NOT NULL THEN
-        IF octet_length($7) NOT BETWEEN 1 AND 255 THEN
-            RAISE EXCEPTION 'idempotency key must be 1 to 255 bytes long' USING ERRCODE = 'invalid_parameter_value',
-                HINT = 'Leave it out for a use that may be recorded again.';
-        END IF;
-        print := sha256(convert_to(jsonb_build_array($1, $2, $3, $4, trim_scale($5), $8, $9, $10, $11, trim_scale($12), $13,
-                                                     trim_scale($14), $15, $16)::text, 'UTF8'));
-        INSERT INTO keyvault.usage_keys (user_id, idempotency_key, usage_id, fingerprint) VALUES ($6, $7, usage, print) ON CONFLICT DO NOTHING;
-        IF NOT FOUND THEN
-            SELECT * INTO earlier FROM keyvault.usage_keys k WHERE k.user_id = $6 AND k.idempotency_key = $7;
-            IF NOT FOUND THEN
-                RAISE EXCEPTION 'another transaction is using this idempotency key'
-                    USING ERRCODE = 'serialization_failure', HINT = 'Retry the transaction.';
-            ELSIF earlier.fingerprint <> print THEN
-                RAISE EXCEPTION 'idempotency key was already used for another usage record'
-                    USING ERRCODE = 'invalid_parameter_value', HINT = 'Use a new idempotency key for each different use.';
-            END IF;
-            RETURN earlier.usage_id;
-        END IF;
-    END IF;
-    INSERT INTO keyvault.usage_records (user_id, id, type, provider, model, payer, input_tokens, cached_tokens, output_tokens, tokens, credits,
-                                        cost_usd, issued_key_id, idempotency_key, metadata, reasoning_tokens, units, member_id)
-    VALUES ($6, usage, $1, $9, $2, coalesce($13, 'platform'), $3, $10, $4, coalesce($3, 0)::bigint + coalesce($4, 0), $5, coalesce($14, 0),
-            $15, $7, coalesce($8, '{}'), $11, $12, $16);
-    RETURN usage;
-END $$;
-COMMENT ON FUNCTION keyvault._record_usage(text, text, integer, integer, numeric, text, text, jsonb, text, bigint, bigint, numeric, text, numeric, uuid, text) IS
-    'record_usage, after its caller was checked.';
-
-CREATE FUNCTION keyvault.record_usage(
-    type text, model text, input_tokens integer, output_tokens integer, credits numeric = NULL, user_id text = NULL,
-    idempotency_key text = NULL, metadata jsonb = '{}', provider text = NULL, cached_tokens bigint = NULL, reasoning_tokens bigint = NULL,
-    units numeric = NULL, payer text = 'platform', cost_usd numeric = 0, issued_key_id uuid = NULL, member_id text = NULL) RETURNS uuid
-    LANGUAGE c VOLATILE PARALLEL UNSAFE
-    AS 'MODULE_PATHNAME', 'keyvault_record_usage';
-COMMENT ON FUNCTION keyvault.record_usage(text, text, integer, integer, numeric, text, text, jsonb, text, bigint, bigint, numeric, text, numeric, uuid, text) IS
-    'Records a use, debits its credits, and returns the usage record''s id. Without credits the use is priced by model and tokens, or by cost_usd (USD). The same idempotency_key records once and returns the same id. cached_tokens are part of input_tokens, reasoning_tokens of output_tokens. user_id NULL is the identity. Errors: KV001 credit limit or budget, 22004, 22023, 23514 bad argument, 40001 the idempotency key is in use, 42501.';
+    'What a call cost in USD by model_prices, NULL for a model without a price. A dated or "latest" name of a model counts as the model; cached_tokens are part of input_tokens.';
 -- The durable queue of provider calls and their answers. The life of a request:
 -- queued -> sent -> done | failed | unknown, or queued -> canceled; a retry goes back to queued.
 
@@ -2791,13 +1020,8 @@ CREATE FUNCTION keyvault._choose_key(user_id text, provider text, key_name text,
     SET search_path = pg_catalog, pg_temp
 AS $$
 #variable_conflict use_column
-DECLARE
-    in_env_file boolean := CASE WHEN $3 = 'default' THEN keyvault._env_file_has_key($2) END;
 BEGIN
-    IF $4 IN ('auto', 'user') AND in_env_file THEN
-        payer := 'user';
-        RETURN;
-    ELSIF $4 IN ('auto', 'user') AND in_env_file IS NULL THEN
+    IF $4 IN ('auto', 'user') THEN
         SELECT k.id INTO api_key_id FROM keyvault.api_keys k
          WHERE k.user_id = $1 AND k.provider = $2 AND k.name = $3 AND (k.expires_at IS NULL OR k.expires_at > now());
         IF FOUND THEN
@@ -2928,9 +1152,8 @@ BEGIN
     END IF;
     estimate := keyvault._estimate_usd(p, the_model, the_body);
     owed := keyvault._credits_owed(u.plan, key.payer, estimate);
-    -- Without credits to set aside, budgets in USD may still have to be.
-    IF owed > 0 OR EXISTS (SELECT FROM keyvault.credit_budgets g WHERE g.user_id = $1) THEN
-        hold := keyvault._hold_credits($1, owed, 'infinity', false, the_model, estimate);
+    IF owed > 0 THEN
+        hold := keyvault._hold_credits($1, owed, 'infinity', false);
     END IF;
     INSERT INTO keyvault.requests (user_id, id, provider, model, type, path, payer, api_key_id, call_key, timeout_ms,
                                    hold_id, estimated_usd, idempotency_key, metadata, body)
@@ -2951,6 +1174,19 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION keyvault._enqueue_request(text, uuid, text, jsonb, text, text, text, bytea, text, text, integer, jsonb, boolean) IS
     'request, after its caller was checked. Errors: 22023, 40001, 42501, KV001, KV003, KV007.';
+
+CREATE FUNCTION keyvault._credits_owed(plan text, payer text, cost_usd numeric) RETURNS numeric
+    LANGUAGE plpgsql STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $$
+#variable_conflict use_column
+DECLARE
+    p keyvault.plans;
+BEGIN
+    SELECT * INTO STRICT p FROM keyvault.plans WHERE plan = $1;
+    RETURN least(round(cost_usd * p.credits_per_usd * CASE payer WHEN 'user' THEN p.own_key_rate ELSE 1 END, 6), 999999999999);
+END $$;
+COMMENT ON FUNCTION keyvault._credits_owed(text, text, numeric) IS 'What a cost in USD is in credits on a plan, by whose key was used.';
 
 CREATE FUNCTION keyvault._claim_requests(capacity integer, per_user integer, after_user text)
     RETURNS TABLE (user_id text, id uuid, attempt integer, provider text, dialect text, base_url text, path text,
@@ -2996,7 +1232,7 @@ BEGIN
       FROM claimed c LEFT JOIN keyvault.providers p ON p.provider = c.provider
      WHERE r.user_id = c.user_id AND r.id = c.id
     RETURNING r.user_id, r.id, r.attempts, r.provider, p.dialect, p.base_url, r.path, p.auth_header, p.auth_scheme,
-              p.headers, p.allowed_host, CASE r.type WHEN 'test' THEN NULL ELSE r.body::text END, r.timeout_ms, r.payer, r.api_key_id, r.call_key;
+              p.headers, p.allowed_host, r.body::text, r.timeout_ms, r.payer, r.api_key_id, r.call_key;
 END $$;
 COMMENT ON FUNCTION keyvault._claim_requests(integer, integer, text) IS
     'Marks up to capacity due requests as sent and returns what sending them takes: a share for each waiting user after after_user, oldest first, never more than per_user under way for one.';
@@ -3010,13 +1246,11 @@ AS $$
 #variable_conflict use_column
 DECLARE
     r keyvault.requests;
-    plan text;
-    asked keyvault.model_prices;
-    use record;
-    sold record;
+    balance keyvault.credit_balances;
     cost numeric := 0;
     owed numeric := 0;
     charged numeric := 0;
+    held numeric;
 BEGIN
     UPDATE keyvault.requests SET status = $4, finished_at = clock_timestamp(), error = $7, call_key = NULL
      WHERE user_id = $1 AND id = $2 AND status = 'sent' AND attempts = $3
@@ -3025,32 +1259,34 @@ BEGIN
         RETURN false;
     END IF;
     IF $4 = 'done' OR $5 BETWEEN 200 AND 299 THEN
-        SELECT u.plan INTO plan FROM keyvault.users u WHERE u.user_id = $1;
-        asked := keyvault._find_price(r.provider, r.model, now());
-        IF asked.model IS NULL THEN
-            asked := keyvault._find_price(r.provider, $8, now());
-        END IF;
-        SELECT q.usd, q.used INTO use FROM keyvault._use_usd(asked, $9, $10, $11, NULL, NULL) q WHERE $9 IS NOT NULL;
-        SELECT q.usd INTO sold
-          FROM keyvault._use_usd(keyvault._find_price(r.provider, asked.model, now(), plan), $9, $10, $11, NULL, NULL) q WHERE $9 IS NOT NULL;
         -- An answer that does not say what it used is charged as estimated, never silently free.
-        cost := least(coalesce($12, use.usd, r.estimated_usd), 999999999);
-        owed := keyvault._credits_owed(plan, r.payer, coalesce(sold.usd, cost));
+        cost := least(coalesce($12, CASE WHEN $9 IS NOT NULL THEN
+                    coalesce(keyvault._price_usd(r.provider, r.model, now(), $9, $10, $11),
+                             keyvault._price_usd(r.provider, $8, now(), $9, $10, $11)) END, r.estimated_usd), 999999999);
+        SELECT keyvault._credits_owed(u.plan, r.payer, cost) INTO owed FROM keyvault.users u WHERE u.user_id = $1;
     END IF;
-    IF $4 = 'unknown' AND r.hold_id IS NOT NULL THEN
-        -- The provider may have charged for it: the credits stay set aside for a day.
-        PERFORM keyvault._lock_balance($1, false);
-        UPDATE keyvault.credit_holds SET expires_at = now() + interval '1 day' WHERE user_id = $1 AND id = r.hold_id;
-    END IF;
-    IF owed > 0 OR r.hold_id IS NOT NULL AND $4 <> 'unknown' THEN
-        charged := keyvault._settle_hold($1, CASE WHEN $4 <> 'unknown' THEN r.hold_id END, owed);
+    IF owed > 0 OR r.hold_id IS NOT NULL THEN
+        balance := keyvault._lock_balance($1, false);
+        IF $4 = 'unknown' THEN
+            -- The provider may have charged for it: the credits stay set aside for a day.
+            UPDATE keyvault.credit_holds SET expires_at = now() + interval '1 day' WHERE user_id = $1 AND id = r.hold_id;
+        ELSE
+            DELETE FROM keyvault.credit_holds WHERE user_id = $1 AND id = r.hold_id RETURNING amount INTO held;
+            IF FOUND THEN
+                UPDATE keyvault.credit_balances SET credits_held = greatest(credits_held - held, 0)
+                 WHERE user_id = $1 AND slot = 0 RETURNING * INTO balance;
+            END IF;
+        END IF;
+        IF keyvault._credits_left(balance) < owed AND balance.credits_held > 0 THEN
+            balance := keyvault._sweep_holds($1);
+        END IF;
+        charged := least(owed, coalesce(greatest(keyvault._credits_left(balance), 0), owed));
     END IF;
     IF $4 = 'done' OR cost > 0 THEN
         INSERT INTO keyvault.usage_records (user_id, type, provider, model, payer, input_tokens, cached_tokens, output_tokens, tokens,
-                                            credits, credits_overrun, cost_usd, request_id, api_key_id, idempotency_key, metadata, hold_id, price)
+                                            credits, credits_overrun, cost_usd, request_id, api_key_id, idempotency_key, metadata)
         VALUES ($1, r.type, r.provider, coalesce(r.model, $8), r.payer, $9, $10, $11, coalesce($9, 0) + coalesce($11, 0),
-                charged, owed - charged, cost, $2, r.api_key_id, r.idempotency_key, r.metadata, coalesce(r.hold_id, $2),
-                CASE WHEN $12 IS NULL THEN use.used END);
+                charged, owed - charged, cost, $2, r.api_key_id, r.idempotency_key, r.metadata);
     END IF;
     INSERT INTO keyvault.responses (user_id, id, status, status_code, body, error, model, input_tokens, cached_tokens, output_tokens,
                                     cost_usd, credits, payer)
@@ -3166,618 +1402,41 @@ SELECT r.user_id, r.id, r.provider, r.model, r.payer, r.status, r.attempts,
   FROM keyvault.requests r;
 COMMENT ON VIEW keyvault.request_status IS
     'The acting user''s requests: queued, sent, done, failed, unknown or canceled, with attempts, timings and payer.';
--- Tests of users' keys: a GET of the provider's test_path, which costs nothing.
-
-CREATE FUNCTION keyvault.test_api_key(provider text, name text = 'default', user_id text = NULL) RETURNS uuid
-    LANGUAGE c VOLATILE PARALLEL UNSAFE
-    AS 'MODULE_PATHNAME', 'keyvault_test_api_key';
-COMMENT ON FUNCTION keyvault.test_api_key(text, text, text) IS
-    'Queues a test of a user''s key and returns the request''s id; the worker sends it when the transaction commits. A 2xx answer makes the key active, one that refuses the key makes it failed, both set last_verified_at; any other leaves it as it is. Costs no credits. Errors: KV003 no such key, KV007 suspended, 22004, 22023 unknown provider, or one without test_path, 42501.';
-
-CREATE FUNCTION keyvault._enqueue_key_test(user_id text, request_id uuid, provider text, name text) RETURNS uuid
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-#variable_conflict use_column
-DECLARE
-    test_path text;
-    user_status text;
-    key record;
-BEGIN
-    SELECT p.test_path INTO test_path FROM keyvault.providers p WHERE p.provider = $3;
-    IF NOT FOUND THEN
-        PERFORM keyvault._unknown_provider();
-    ELSIF test_path IS NULL THEN
-        RAISE EXCEPTION 'keys for provider "%" cannot be tested', $3
-            USING ERRCODE = 'invalid_parameter_value',
-                  HINT = 'Its row in keyvault.providers has no test_path: the provider has no call that costs nothing. Make a real one with keyvault.request().';
-    END IF;
-    SELECT * INTO key FROM keyvault._choose_key($1, $3, $4, 'user');
-    SELECT u.status INTO user_status FROM keyvault.users u WHERE u.user_id = $1;
-    IF user_status <> 'active' THEN
-        RAISE EXCEPTION 'user "%" is %', $1, user_status
-            USING ERRCODE = 'KV007', HINT = 'A superuser changes keyvault.users.status.';
-    END IF;
-    INSERT INTO keyvault.requests (user_id, id, provider, type, path, payer, api_key_id, timeout_ms, estimated_usd, body)
-    VALUES ($1, $2, $3, 'test', test_path, 'user', key.api_key_id, 30000, 0, '{}');
-    RETURN $2;
-END $$;
-COMMENT ON FUNCTION keyvault._enqueue_key_test(text, uuid, text, text) IS 'test_api_key, after its caller was checked. Errors: 22023, KV003, KV007.';
-
-CREATE FUNCTION keyvault._settle_key_test(
-    user_id text, id uuid, attempt integer, outcome text, status_code integer, body jsonb, error text, key_refused boolean) RETURNS boolean
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-#variable_conflict use_column
-DECLARE
-    r keyvault.requests;
-BEGIN
-    UPDATE keyvault.requests SET status = $4, finished_at = clock_timestamp(), error = $7
-     WHERE user_id = $1 AND id = $2 AND status = 'sent' AND attempts = $3
-    RETURNING * INTO r;
-    IF NOT FOUND THEN
-        RETURN false;
-    END IF;
-    INSERT INTO keyvault.responses (user_id, id, status, status_code, body, error, payer)
-    VALUES ($1, $2, $4, $5, $6, $7, r.payer);
-    -- Not when the key was replaced since: the answer is about the one before.
-    UPDATE keyvault.api_keys k
-       SET last_verified_at = clock_timestamp(), status = CASE WHEN $8 THEN 'failed' ELSE 'active' END
-     WHERE k.user_id = $1 AND k.id = r.api_key_id AND ($8 OR $4 = 'done') AND k.updated_at <= r.sent_at;
-    RETURN true;
-END $$;
-COMMENT ON FUNCTION keyvault._settle_key_test(text, uuid, integer, text, integer, jsonb, text, boolean) IS
-    'Ends a test of a key: answer and the key''s status. False, and nothing done, when that attempt is no longer the one under way.';
 -- What applications and analysts read.
 
 CREATE VIEW keyvault.credit_status WITH (security_invoker = true, security_barrier = true) AS
-SELECT u.user_id, u.plan, (c.monthly_credits - c.credits_covered)::numeric(18,6) AS monthly_credits, c.extra_credits, c.credits_used,
-       held.amount AS credits_held,
+SELECT u.user_id, u.plan, c.monthly_credits, c.extra_credits, c.credits_used, c.credits_held,
        CASE WHEN c.monthly_credits IS NOT NULL
-            THEN greatest(c.monthly_credits + c.extra_credits - c.credits_used - held.amount, 0) END AS credits_remaining,
-       c.period_end AS credits_reset_at,
-       coalesce(greatest(c.credits_used - c.monthly_credits - c.extra_credits, 0), 0)::numeric(18,6) AS credits_overage
+            THEN greatest(c.monthly_credits + c.extra_credits - c.credits_used - c.credits_held, 0) END AS credits_remaining,
+       c.credits_reset_at
   FROM keyvault.users u
   JOIN keyvault.credit_balances b ON b.user_id = u.user_id AND b.slot = 0
- CROSS JOIN LATERAL keyvault._balance_now(b, CASE WHEN b.credits_lent > 0
-                                             THEN (SELECT sum(s.credits_used) FROM keyvault.credit_balances s WHERE s.user_id = b.user_id)
-                                             ELSE b.credits_used END) c
+  JOIN keyvault.plans p ON p.plan = u.plan
  CROSS JOIN LATERAL (SELECT coalesce(sum(h.amount), 0)::numeric(18,6) AS amount
                        FROM keyvault.credit_holds h
-                      WHERE h.user_id = b.user_id AND h.expires_at > now()) held;
+                      WHERE h.user_id = b.user_id AND h.expires_at > now()) held
+ CROSS JOIN LATERAL (
+       SELECT b.monthly_credits, b.extra_credits, b.credits_used, held.amount AS credits_held, b.period_end AS credits_reset_at
+        WHERE b.period_end > now()
+        UNION ALL
+       SELECT p.monthly_credits,
+              (CASE WHEN b.monthly_credits IS NULL THEN b.extra_credits
+                    ELSE greatest(b.extra_credits - greatest(b.credits_used - b.monthly_credits, 0), 0) END)::numeric(18,6),
+              0::numeric(18,6), held.amount,
+              keyvault._period_bound(b.period_anchor, keyvault._period_number(b.period_anchor, now()) + 1)
+        WHERE b.period_end <= now()) c;
 COMMENT ON VIEW keyvault.credit_status IS
-    'Plan and credits of the acting user, of every user for access analyst or admin. Right also when a period or a grant has ended and nothing was written yet. NULL monthly_credits and credits_remaining are unlimited; extra_credits are those of the period, spent ones among them; credits_overage is what was used beyond all of them, on a plan with overage report.';
--- Usage for people: by day, model, month and payer, what it earns, and what is out of the ordinary. Each view is exact
--- at any time: it reads what is added up already and the records that are not.
+    'Plan and credits of the acting user, of every user for access analyst or admin. Right also for a period that has ended and was not written yet. NULL monthly_credits and credits_remaining are unlimited.';
 
 CREATE VIEW keyvault.usage_by_day WITH (security_invoker = true, security_barrier = true) AS
-SELECT u.user_id, u.day, nullif(u.provider, '') AS provider, nullif(u.model, '') AS model, u.type, u.payer,
-       sum(u.calls)::bigint AS calls, sum(u.input_tokens)::bigint AS input_tokens, sum(u.cached_tokens)::bigint AS cached_tokens,
-       sum(u.output_tokens)::bigint AS output_tokens, sum(u.tokens)::bigint AS tokens,
-       sum(u.credits) AS credits, sum(u.cost_usd) AS cost_usd, sum(u.credits_overrun) AS credits_overrun
-  FROM keyvault._usage u
- GROUP BY u.user_id, u.day, u.provider, u.model, u.type, u.payer;
+SELECT r.user_id, (r.created_at AT TIME ZONE 'UTC')::date AS day, r.provider, r.model, r.type, r.payer,
+       count(*) AS calls, sum(r.input_tokens)::bigint AS input_tokens, sum(r.cached_tokens)::bigint AS cached_tokens,
+       sum(r.output_tokens)::bigint AS output_tokens, sum(r.tokens)::bigint AS tokens,
+       sum(r.credits) AS credits, sum(r.cost_usd) AS cost_usd
+  FROM keyvault.usage_records r
+ GROUP BY r.user_id, (r.created_at AT TIME ZONE 'UTC')::date, r.provider, r.model, r.type, r.payer;
 COMMENT ON VIEW keyvault.usage_by_day IS
-    'Usage per user, UTC day, provider, model, type and payer. The acting user''s; every user''s for access analyst or admin.';
-COMMENT ON COLUMN keyvault.usage_by_day.user_id IS 'Whose usage.';
-COMMENT ON COLUMN keyvault.usage_by_day.day IS 'Date in UTC.';
-COMMENT ON COLUMN keyvault.usage_by_day.provider IS 'NULL where the records name none.';
-COMMENT ON COLUMN keyvault.usage_by_day.model IS 'NULL where the records name none.';
-COMMENT ON COLUMN keyvault.usage_by_day.type IS 'chat, api, automation, or the applications own word.';
-COMMENT ON COLUMN keyvault.usage_by_day.payer IS 'Whose key was used: user or platform.';
-COMMENT ON COLUMN keyvault.usage_by_day.calls IS 'Usage records.';
-COMMENT ON COLUMN keyvault.usage_by_day.input_tokens IS 'Tokens read, cached ones included; NULL where no record states them.';
-COMMENT ON COLUMN keyvault.usage_by_day.cached_tokens IS 'The part of input_tokens that came from the providers'' cache; NULL where no record states it.';
-COMMENT ON COLUMN keyvault.usage_by_day.output_tokens IS 'Tokens written; NULL where no record states them.';
-COMMENT ON COLUMN keyvault.usage_by_day.tokens IS 'All tokens together.';
-COMMENT ON COLUMN keyvault.usage_by_day.credits IS 'Credits debited.';
-COMMENT ON COLUMN keyvault.usage_by_day.cost_usd IS 'What the providers charge, in USD.';
-COMMENT ON COLUMN keyvault.usage_by_day.credits_overrun IS 'Credits beyond what the user had left; not debited.';
-
-CREATE VIEW keyvault.usage_by_model WITH (security_invoker = true, security_barrier = true) AS
-SELECT u.user_id, date_trunc('month', u.day::timestamp)::date AS month, nullif(u.provider, '') AS provider, nullif(u.model, '') AS model,
-       sum(u.calls)::bigint AS calls, sum(u.input_tokens)::bigint AS input_tokens, sum(u.cached_tokens)::bigint AS cached_tokens,
-       sum(u.output_tokens)::bigint AS output_tokens, sum(u.tokens)::bigint AS tokens,
-       sum(u.credits) AS credits, sum(u.cost_usd) AS cost_usd, sum(u.credits_overrun) AS credits_overrun
-  FROM keyvault._usage u
- GROUP BY u.user_id, date_trunc('month', u.day::timestamp)::date, u.provider, u.model;
-COMMENT ON VIEW keyvault.usage_by_model IS
-    'Usage per user, UTC month, provider and model. The acting user''s; every user''s for access analyst or admin.';
-COMMENT ON COLUMN keyvault.usage_by_model.user_id IS 'Whose usage.';
-COMMENT ON COLUMN keyvault.usage_by_model.month IS 'First day of the month, in UTC.';
-COMMENT ON COLUMN keyvault.usage_by_model.provider IS 'NULL where the records name none.';
-COMMENT ON COLUMN keyvault.usage_by_model.model IS 'NULL where the records name none.';
-COMMENT ON COLUMN keyvault.usage_by_model.calls IS 'Usage records.';
-COMMENT ON COLUMN keyvault.usage_by_model.input_tokens IS 'Tokens read, cached ones included; NULL where no record states them.';
-COMMENT ON COLUMN keyvault.usage_by_model.cached_tokens IS 'The part of input_tokens that came from the providers'' cache; NULL where no record states it.';
-COMMENT ON COLUMN keyvault.usage_by_model.output_tokens IS 'Tokens written; NULL where no record states them.';
-COMMENT ON COLUMN keyvault.usage_by_model.tokens IS 'All tokens together.';
-COMMENT ON COLUMN keyvault.usage_by_model.credits IS 'Credits debited.';
-COMMENT ON COLUMN keyvault.usage_by_model.cost_usd IS 'What the providers charge, in USD.';
-COMMENT ON COLUMN keyvault.usage_by_model.credits_overrun IS 'Credits beyond what the user had left; not debited.';
-
-CREATE VIEW keyvault.usage_by_month WITH (security_invoker = true, security_barrier = true) AS
-SELECT u.user_id, date_trunc('month', u.day::timestamp)::date AS month,
-       sum(u.calls)::bigint AS calls, sum(u.input_tokens)::bigint AS input_tokens, sum(u.cached_tokens)::bigint AS cached_tokens,
-       sum(u.output_tokens)::bigint AS output_tokens, sum(u.tokens)::bigint AS tokens,
-       sum(u.credits) AS credits, sum(u.cost_usd) AS cost_usd, sum(u.credits_overrun) AS credits_overrun
-  FROM keyvault._usage u
- GROUP BY u.user_id, date_trunc('month', u.day::timestamp)::date;
-COMMENT ON VIEW keyvault.usage_by_month IS
-    'Usage per user and UTC month. The acting user''s; every user''s for access analyst or admin.';
-COMMENT ON COLUMN keyvault.usage_by_month.user_id IS 'Whose usage.';
-COMMENT ON COLUMN keyvault.usage_by_month.month IS 'First day of the month, in UTC.';
-COMMENT ON COLUMN keyvault.usage_by_month.calls IS 'Usage records.';
-COMMENT ON COLUMN keyvault.usage_by_month.input_tokens IS 'Tokens read, cached ones included; NULL where no record states them.';
-COMMENT ON COLUMN keyvault.usage_by_month.cached_tokens IS 'The part of input_tokens that came from the providers'' cache; NULL where no record states it.';
-COMMENT ON COLUMN keyvault.usage_by_month.output_tokens IS 'Tokens written; NULL where no record states them.';
-COMMENT ON COLUMN keyvault.usage_by_month.tokens IS 'All tokens together.';
-COMMENT ON COLUMN keyvault.usage_by_month.credits IS 'Credits debited.';
-COMMENT ON COLUMN keyvault.usage_by_month.cost_usd IS 'What the providers charge, in USD.';
-COMMENT ON COLUMN keyvault.usage_by_month.credits_overrun IS 'Credits beyond what the user had left; not debited.';
-
-CREATE VIEW keyvault.cost_by_payer WITH (security_invoker = true, security_barrier = true) AS
-SELECT u.user_id, date_trunc('month', u.day::timestamp)::date AS month, u.payer, nullif(u.provider, '') AS provider,
-       sum(u.calls)::bigint AS calls, sum(u.input_tokens)::bigint AS input_tokens, sum(u.cached_tokens)::bigint AS cached_tokens,
-       sum(u.output_tokens)::bigint AS output_tokens, sum(u.tokens)::bigint AS tokens,
-       sum(u.credits) AS credits, sum(u.cost_usd) AS cost_usd, sum(u.credits_overrun) AS credits_overrun
-  FROM keyvault._usage u
- GROUP BY u.user_id, date_trunc('month', u.day::timestamp)::date, u.payer, u.provider;
-COMMENT ON VIEW keyvault.cost_by_payer IS
-    'Who pays for what: usage per user, UTC month, whose key was used and provider. cost_usd is charged to the owner of the key: the user itself, or the platform. The acting user''s; every user''s for access analyst or admin.';
-COMMENT ON COLUMN keyvault.cost_by_payer.user_id IS 'Whose usage.';
-COMMENT ON COLUMN keyvault.cost_by_payer.month IS 'First day of the month, in UTC.';
-COMMENT ON COLUMN keyvault.cost_by_payer.payer IS 'Whose key was used: user or platform.';
-COMMENT ON COLUMN keyvault.cost_by_payer.provider IS 'NULL where the records name none.';
-COMMENT ON COLUMN keyvault.cost_by_payer.calls IS 'Usage records.';
-COMMENT ON COLUMN keyvault.cost_by_payer.input_tokens IS 'Tokens read, cached ones included; NULL where no record states them.';
-COMMENT ON COLUMN keyvault.cost_by_payer.cached_tokens IS 'The part of input_tokens that came from the providers'' cache; NULL where no record states it.';
-COMMENT ON COLUMN keyvault.cost_by_payer.output_tokens IS 'Tokens written; NULL where no record states them.';
-COMMENT ON COLUMN keyvault.cost_by_payer.tokens IS 'All tokens together.';
-COMMENT ON COLUMN keyvault.cost_by_payer.credits IS 'Credits debited.';
-COMMENT ON COLUMN keyvault.cost_by_payer.cost_usd IS 'What the providers charge, in USD.';
-COMMENT ON COLUMN keyvault.cost_by_payer.credits_overrun IS 'Credits beyond what the user had left; not debited.';
-
-CREATE VIEW keyvault.revenue_by_user WITH (security_invoker = true, security_barrier = true) AS
-SELECT u.user_id, m.month::date AS month, u.plan, p.price_usd AS revenue_usd, coalesce(c.platform, 0) AS provider_cost_usd,
-       p.price_usd - coalesce(c.platform, 0) AS margin_usd,
-       round((p.price_usd - coalesce(c.platform, 0)) / nullif(p.price_usd, 0), 4) AS margin,
-       coalesce(c.own, 0) AS own_key_cost_usd, coalesce(c.credits, 0) AS credits
-  FROM keyvault.users u
-  JOIN keyvault.plans p ON p.plan = u.plan
- CROSS JOIN LATERAL generate_series(date_trunc('month', u.created_at AT TIME ZONE 'UTC'), now() AT TIME ZONE 'UTC', '1 month') m(month)
-  LEFT JOIN (SELECT d.user_id, date_trunc('month', d.day::timestamp)::date AS month,
-                    sum(d.cost_usd) FILTER (WHERE d.payer = 'platform') AS platform,
-                    sum(d.cost_usd) FILTER (WHERE d.payer = 'user') AS own, sum(d.credits) AS credits
-               FROM keyvault._usage d GROUP BY 1, 2) c ON c.user_id = u.user_id AND c.month = m.month::date;
-COMMENT ON VIEW keyvault.revenue_by_user IS
-    'What each user brings and costs, per UTC month since it was made: the price of its present plan against what the providers charge the platform. The acting user''s; every user''s for access analyst or admin.';
-COMMENT ON COLUMN keyvault.revenue_by_user.user_id IS 'Whose plan and usage.';
-COMMENT ON COLUMN keyvault.revenue_by_user.month IS 'First day of the month, in UTC; the month in which the user was made counts whole.';
-COMMENT ON COLUMN keyvault.revenue_by_user.plan IS 'The plan that the user has now; earlier ones are not looked at.';
-COMMENT ON COLUMN keyvault.revenue_by_user.revenue_usd IS 'Price of the plan for a month, in USD; NULL where it is negotiated.';
-COMMENT ON COLUMN keyvault.revenue_by_user.provider_cost_usd IS 'What providers charge the platform for the user''s calls, in USD.';
-COMMENT ON COLUMN keyvault.revenue_by_user.margin_usd IS 'revenue_usd less provider_cost_usd; NULL where the price is.';
-COMMENT ON COLUMN keyvault.revenue_by_user.margin IS 'margin_usd as a fraction of revenue_usd; NULL for a plan that is free or negotiated.';
-COMMENT ON COLUMN keyvault.revenue_by_user.own_key_cost_usd IS 'What providers charge the user itself, for calls with its own keys, in USD.';
-COMMENT ON COLUMN keyvault.revenue_by_user.credits IS 'Credits debited.';
-
-CREATE VIEW keyvault.usage_anomalies WITH (security_invoker = true, security_barrier = true) AS
-WITH days AS (
-    SELECT u.user_id, u.day, sum(u.calls) AS calls, sum(u.tokens) AS tokens, sum(u.credits) AS credits, sum(u.cost_usd) AS cost_usd
-      FROM keyvault._usage u
-     WHERE u.day > (now() AT TIME ZONE 'UTC')::date - 60
-     GROUP BY u.user_id, u.day
-), known AS (
-    SELECT d.user_id, d.day, m.measure, m.value,
-           array_agg(m.value) OVER (PARTITION BY d.user_id, m.measure ORDER BY d.day
-                                    RANGE BETWEEN '28 days' PRECEDING AND '1 day' PRECEDING) AS earlier
-      FROM days d
-     CROSS JOIN LATERAL (VALUES ('calls', d.calls), ('tokens', d.tokens), ('credits', d.credits), ('cost_usd', d.cost_usd)) m(measure, value)
-), judged AS (
-    SELECT k.user_id, k.day, k.measure, k.value, c.median, d.mad, cardinality(k.earlier) AS baseline_days
-      FROM known k
-     CROSS JOIN LATERAL (SELECT percentile_cont(0.5) WITHIN GROUP (ORDER BY e)::numeric FROM unnest(k.earlier) e) c(median)
-     CROSS JOIN LATERAL (SELECT percentile_cont(0.5) WITHIN GROUP (ORDER BY abs(e - c.median))::numeric FROM unnest(k.earlier) e) d(mad)
-     WHERE cardinality(k.earlier) >= 7 AND k.day > (now() AT TIME ZONE 'UTC')::date - 30
-)
-SELECT j.user_id, j.day, j.measure, j.value, round(j.median, 6) AS median, round(j.mad, 6) AS mad, s.score, j.baseline_days
-  FROM judged j
- CROSS JOIN LATERAL (SELECT round((j.value - j.median) / nullif(greatest(1.4826 * j.mad, 0.1 * j.median), 0), 2)) s(score)
- WHERE s.score >= 3.5 OR (s.score <= -3.5 AND j.day < (now() AT TIME ZONE 'UTC')::date);
-COMMENT ON VIEW keyvault.usage_anomalies IS
-    'Days of the last 30 on which a user''s usage is far from its own: a robust z-score of 3.5 or more to either side of the median of the days in the 28 before on which there was usage, of which there have to be 7. Today counts as high only, as it is not over. After Iglewicz and Hoaglin, How to Detect and Handle Outliers (1993). The acting user''s; every user''s for access analyst or admin.';
-COMMENT ON COLUMN keyvault.usage_anomalies.user_id IS 'Whose usage.';
-COMMENT ON COLUMN keyvault.usage_anomalies.day IS 'Date in UTC.';
-COMMENT ON COLUMN keyvault.usage_anomalies.measure IS 'calls, tokens, credits or cost_usd; a day may stand out in several.';
-COMMENT ON COLUMN keyvault.usage_anomalies.value IS 'The measure on that day; cost_usd in USD.';
-COMMENT ON COLUMN keyvault.usage_anomalies.median IS 'Its median on the days before.';
-COMMENT ON COLUMN keyvault.usage_anomalies.mad IS 'The median of the absolute deviations from that.';
-COMMENT ON COLUMN keyvault.usage_anomalies.score IS 'Deviations from the median, each the larger of 1.4826 mad, which is a standard deviation where values are normally distributed, and a tenth of the median; negative below it.';
-COMMENT ON COLUMN keyvault.usage_anomalies.baseline_days IS 'Days that the median is of.';
-
-CREATE FUNCTION keyvault.usage_chart(user_id text = NULL, days integer = 30, measure text = 'credits') RETURNS SETOF text
-    LANGUAGE plpgsql STABLE
-    SET search_path = pg_catalog, pg_temp
-AS $$
-#variable_conflict use_variable
-DECLARE
-    width constant integer := 40;
-    whose constant text := coalesce(user_id, keyvault.current_user_id());
-    today constant date := (now() AT TIME ZONE 'UTC')::date;
-    in_blocks constant boolean := getdatabaseencoding() = 'UTF8';
-BEGIN
-    IF measure IS NULL OR measure NOT IN ('calls', 'tokens', 'input_tokens', 'cached_tokens', 'output_tokens', 'credits', 'cost_usd') THEN
-        RAISE EXCEPTION 'there is no such measure of usage'
-            USING ERRCODE = 'invalid_parameter_value',
-                  HINT = 'Measures are calls, tokens, input_tokens, cached_tokens, output_tokens, credits and cost_usd.';
-    END IF;
-    IF days IS NULL OR days NOT BETWEEN 1 AND 366 THEN
-        RAISE EXCEPTION 'days must be between 1 and 366' USING ERRCODE = 'invalid_parameter_value', HINT = 'Leave it out for 30.';
-    END IF;
-    RETURN QUERY
-    WITH used AS (
-        SELECT u.day, sum(CASE measure WHEN 'calls' THEN u.calls WHEN 'tokens' THEN u.tokens WHEN 'input_tokens' THEN u.input_tokens
-                                       WHEN 'cached_tokens' THEN u.cached_tokens WHEN 'output_tokens' THEN u.output_tokens
-                                       WHEN 'credits' THEN u.credits ELSE u.cost_usd END) AS value
-          FROM keyvault._usage u
-         WHERE (whose IS NULL OR u.user_id = whose) AND u.day > today - days AND u.day <= today
-         GROUP BY u.day
-    ), shown AS (
-        SELECT today - i AS day, coalesce(u.value, 0) AS value,
-               coalesce(round(u.value * width * 8 / nullif(max(u.value) OVER (), 0)), 0)::integer AS eighths,
-               to_char(coalesce(u.value, 0), CASE WHEN measure = 'cost_usd' THEN 'FM999,999,999,990.0000'
-                                                  WHEN measure = 'credits' THEN 'FM999,999,999,999,990.00'
-                                                  ELSE 'FM999,999,999,999,999,990' END) AS label
-          FROM generate_series(days - 1, 0, -1) i LEFT JOIN used u ON u.day = today - i
-    )
-    SELECT format('%s per day (UTC), total %s', measure, trim_scale((SELECT coalesce(sum(s.value), 0) FROM shown s)))
-    UNION ALL
-    SELECT * FROM (
-        SELECT format('%s %s %s', to_char(s.day, 'YYYY-MM-DD'),
-                      -- U+2588 is a full block, U+2589 to U+258F are seven to one eighths of one.
-                      rpad(CASE WHEN NOT in_blocks THEN repeat('#', (s.eighths + 4) / 8)
-                                ELSE repeat(chr(9608), s.eighths / 8)
-                                     || CASE WHEN s.eighths % 8 > 0 THEN chr(9616 - s.eighths % 8)
-                                             WHEN s.eighths = 0 AND s.value > 0 THEN chr(9615) ELSE '' END END, width),
-                      lpad(s.label, max(length(s.label)) OVER ()))
-          FROM shown s ORDER BY s.day) lines;
-END $$;
-COMMENT ON FUNCTION keyvault.usage_chart(text, integer, text) IS
-    'A bar per day, in text: usage of a user, or of all that the caller may see where neither user_id nor an identity is given, over the last days (1 to 366), of a measure: calls, tokens, input_tokens, cached_tokens, output_tokens, credits or cost_usd. Bars are 40 characters wide, in eighths. Error: 22023.';
--- Proof: balances from the rows that they are made of.
-
--- Partitions of usage that are retired leave what they add up to.
-CREATE TABLE keyvault.usage_archived (
-    user_id   text COLLATE "C" NOT NULL,
-    partition text NOT NULL,
-    calls     bigint NOT NULL,
-    credits   numeric NOT NULL,
-    archived_at timestamptz NOT NULL DEFAULT now(),
-    PRIMARY KEY (user_id, partition)
-);
-COMMENT ON TABLE keyvault.usage_archived IS
-    'What usage records of retired partitions add up to per user, so that verify_ledger stays right without them.';
-SELECT pg_catalog.pg_extension_config_dump('keyvault.usage_archived', '');
-ALTER TABLE keyvault.usage_archived ENABLE ROW LEVEL SECURITY;
-CREATE POLICY own_rows ON keyvault.usage_archived FOR SELECT
-    USING (user_id = (SELECT keyvault.current_user_id()));
-CREATE POLICY read_by_access ON keyvault.usage_archived FOR SELECT
-    USING ((SELECT keyvault._may_read_all_usage()));
-
-CREATE FUNCTION keyvault._archive_usage(partition regclass) RETURNS bigint
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    users bigint;
-BEGIN
-    EXECUTE format('INSERT INTO keyvault.usage_archived (user_id, partition, calls, credits)
-                    SELECT r.user_id, %L, count(*), sum(r.credits) FROM %s r GROUP BY r.user_id', partition::text, partition);
-    GET DIAGNOSTICS users = ROW_COUNT;
-    RETURN users;
-END $$;
-COMMENT ON FUNCTION keyvault._archive_usage(regclass) IS
-    'Keeps in usage_archived what a partition of usage_records adds up to, in the transaction that detaches it; returns for how many users.';
-
-CREATE FUNCTION keyvault._ledger() RETURNS TABLE (user_id text, what text, expected numeric, found numeric)
-    LANGUAGE sql STABLE
-BEGIN ATOMIC
-    WITH usage AS (
-        SELECT r.user_id, sum(r.credits) AS credits
-          FROM (SELECT u.user_id, sum(u.credits) AS credits FROM keyvault.usage_records u GROUP BY u.user_id
-                 UNION ALL
-                SELECT a.user_id, a.credits FROM keyvault.usage_archived a) r
-         GROUP BY r.user_id
-    ), balance AS (
-        SELECT b.user_id, sum(b.credits_used) AS credits_used, sum(b.credits_held) AS credits_held,
-               sum(b.extra_credits) FILTER (WHERE b.slot = 0) AS extra_credits,
-               sum(b.extra_spent) FILTER (WHERE b.slot = 0) AS extra_spent,
-               sum(b.monthly_credits) FILTER (WHERE b.slot = 0) AS monthly_credits,
-               sum(b.credits_lent) FILTER (WHERE b.slot = 0) AS credits_lent,
-               sum(b.monthly_credits) FILTER (WHERE b.slot > 0) AS slots_credits
-          FROM keyvault.credit_balances b GROUP BY b.user_id
-    ), period AS (
-        SELECT p.user_id, sum(p.credits_used) AS credits_used, sum(p.extra_spent) AS extra_spent
-          FROM keyvault.credit_periods p WHERE p.ended_by = 'period' GROUP BY p.user_id
-    ), grants AS (
-        SELECT g.user_id, sum(g.remaining) AS remaining, sum(g.amount - g.remaining - g.expired) AS spent
-          FROM keyvault.credit_grants g GROUP BY g.user_id
-    ), hold AS (
-        SELECT h.user_id, sum(h.amount) AS amount FROM keyvault.credit_holds h GROUP BY h.user_id
-    ), all_users AS (
-        SELECT coalesce(u.user_id, b.user_id, g.user_id, h.user_id, p.user_id) AS user_id,
-               coalesce(u.credits, 0) AS usage, coalesce(p.credits_used, 0) + coalesce(b.credits_used, 0) AS credits_used,
-               coalesce(h.amount, 0) AS holds, coalesce(b.credits_held, 0) AS credits_held,
-               coalesce(g.remaining, 0) + coalesce(b.extra_spent, 0) AS extra, coalesce(b.extra_credits, 0) AS extra_credits,
-               coalesce(g.spent, 0) AS grants_spent, coalesce(p.extra_spent, 0) + coalesce(b.extra_spent, 0) AS extra_spent,
-               CASE WHEN pl.overage = 'block' THEN b.monthly_credits + b.extra_credits END AS credits_limit,
-               b.credits_used AS current_used, CASE WHEN b.monthly_credits IS NOT NULL THEN b.credits_lent END AS lent,
-               b.slots_credits
-          FROM usage u
-          FULL JOIN balance b ON b.user_id = u.user_id
-          FULL JOIN grants g ON g.user_id = coalesce(u.user_id, b.user_id)
-          FULL JOIN hold h ON h.user_id = coalesce(u.user_id, b.user_id, g.user_id)
-          FULL JOIN period p ON p.user_id = coalesce(u.user_id, b.user_id, g.user_id, h.user_id)
-          LEFT JOIN keyvault.users us ON us.user_id = b.user_id
-          LEFT JOIN keyvault.plans pl ON pl.plan = us.plan
-    )
-    SELECT a.user_id, c.what, c.expected, c.found
-      FROM all_users a
-     CROSS JOIN LATERAL (VALUES
-           ('credits_used', a.usage, a.credits_used),
-           ('credits_held', a.holds, a.credits_held),
-           ('extra_credits', a.extra, a.extra_credits),
-           ('extra_spent', a.grants_spent, a.extra_spent),
-           ('credits_limit', a.current_used, CASE WHEN a.current_used > a.credits_limit THEN a.credits_limit ELSE a.current_used END),
-           ('credits_lent', coalesce(a.slots_credits, a.lent), a.lent)) c(what, expected, found)
-     WHERE c.expected IS DISTINCT FROM c.found
-     UNION ALL
-    SELECT NULL, t.what, t.expected, t.found
-      FROM (SELECT sum(a.usage), sum(a.credits_used), sum(a.holds), sum(a.credits_held), sum(a.extra), sum(a.extra_credits),
-                   sum(a.grants_spent), sum(a.extra_spent) FROM all_users a) s(usage, used, holds, held, extra, extra_credits, spent, extra_spent)
-     CROSS JOIN LATERAL (VALUES
-           ('total credits_used', s.usage, s.used), ('total credits_held', s.holds, s.held),
-           ('total extra_credits', s.extra, s.extra_credits), ('total extra_spent', s.spent, s.extra_spent)) t(what, expected, found)
-     WHERE t.expected IS DISTINCT FROM t.found;
-END;
-COMMENT ON FUNCTION keyvault._ledger() IS 'verify_ledger, as far as row-level security lets its caller read.';
-
-CREATE FUNCTION keyvault.verify_ledger() RETURNS TABLE (user_id text, what text, expected numeric, found numeric)
-    LANGUAGE plpgsql STABLE
-    SET search_path = pg_catalog, pg_temp
-AS $$
-BEGIN
-    -- Under row-level security a sum over part of the rows would prove nothing.
-    IF row_security_active('keyvault.usage_records') AND NOT keyvault._may_read_all_usage() THEN
-        RAISE EXCEPTION 'not allowed to read every user''s usage'
-            USING ERRCODE = 'insufficient_privilege', HINT = 'keyvault.grant_access(role, ''admin'') or (role, ''analyst'') gives that right.';
-    END IF;
-    RETURN QUERY SELECT l.user_id, l.what, l.expected, l.found FROM keyvault._ledger() l;
-END $$;
-COMMENT ON FUNCTION keyvault.verify_ledger() IS
-    'Proves every balance, and their totals (user_id NULL), from usage records, grants, holds and closed periods: what does not agree, expected from the rows and found in the balance. No rows: sound. It reads all usage. Error: 42501 without access admin or analyst.';
-
-CREATE FUNCTION keyvault.balance_at(user_id text, at timestamptz)
-    RETURNS TABLE (plan text, period_start timestamptz, period_end timestamptz, monthly_credits numeric, extra_credits numeric,
-                   credits_used numeric, credits_remaining numeric)
-    LANGUAGE plpgsql STABLE
-    SET search_path = pg_catalog, pg_temp
-AS $$
-#variable_conflict use_column
-DECLARE
-    b keyvault.credit_balances;
-    p keyvault.credit_periods;
-    covered numeric := 0;
-    number integer;
-BEGIN
-    SELECT * INTO b FROM keyvault.credit_balances c WHERE c.user_id = $1 AND c.slot = 0;
-    IF NOT FOUND OR $2 < b.period_anchor THEN
-        RETURN;
-    END IF;
-    number := keyvault._period_number(b.period_anchor, $2);
-    period_start := keyvault._period_bound(b.period_anchor, number);
-    period_end := keyvault._period_bound(b.period_anchor, number + 1);
-    -- The first change after that time says what was in force until then.
-    SELECT * INTO p FROM keyvault.credit_periods c WHERE c.user_id = $1 AND c.ended_at > $2 ORDER BY c.ended_at, c.id LIMIT 1;
-    IF FOUND THEN
-        plan := p.plan;
-        covered := CASE WHEN p.period_start = period_start THEN p.credits_covered ELSE 0 END;
-        monthly_credits := p.monthly_credits - p.credits_covered + covered;
-    ELSE
-        SELECT u.plan, coalesce(u.monthly_credits, pl.monthly_credits) INTO plan, monthly_credits
-          FROM keyvault.users u JOIN keyvault.plans pl ON pl.plan = u.plan WHERE u.user_id = $1;
-        IF b.period_start = period_start THEN
-            monthly_credits := b.monthly_credits;
-            covered := b.credits_covered;
-        END IF;
-    END IF;
-    SELECT coalesce(sum(r.credits), 0) INTO credits_used FROM keyvault.usage_records r
-     WHERE r.user_id = $1 AND r.created_at >= period_start AND r.created_at <= $2;
-    SELECT coalesce(sum(g.amount - CASE WHEN g.expires_at <= $2 THEN g.expired ELSE 0 END), 0) INTO extra_credits
-      FROM keyvault.credit_grants g WHERE g.user_id = $1 AND g.created_at <= $2;
-    SELECT extra_credits - coalesce(sum(c.extra_spent), 0) INTO extra_credits
-      FROM keyvault.credit_periods c WHERE c.user_id = $1 AND c.ended_by = 'period' AND c.ended_at <= $2;
-    IF $2 >= b.due_at AND b.due_at <= now() THEN
-        -- What is due was not written yet.
-        SELECT n.extra_credits INTO extra_credits
-          FROM keyvault._balance_now(b, (SELECT sum(c.credits_used) FROM keyvault.credit_balances c WHERE c.user_id = $1)) n;
-    END IF;
-    credits_remaining := CASE WHEN monthly_credits IS NOT NULL THEN greatest(monthly_credits + extra_credits - credits_used, 0) END;
-    monthly_credits := monthly_credits - covered;
-    RETURN NEXT;
-END $$;
-COMMENT ON FUNCTION keyvault.balance_at(text, timestamptz) IS
-    'A user''s plan, period and credits as of a time, from usage records by created_at, grants and closed periods; holds of that time are not kept. NULL monthly_credits and credits_remaining were unlimited. No row before the user''s first period. The acting user''s, every user''s for access analyst or admin.';
-
-CREATE FUNCTION keyvault.explain_balance(user_id text = NULL) RETURNS TABLE (item text, credits numeric, note text)
-    LANGUAGE plpgsql STABLE
-    SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    whose text := coalesce($1, keyvault.current_user_id());
-    s record;
-    b keyvault.credit_balances;
-BEGIN
-    SELECT c.* INTO s FROM keyvault.credit_status c WHERE c.user_id = whose;
-    SELECT c.* INTO b FROM keyvault.credit_balances c WHERE c.user_id = whose AND c.slot = 0;
-    IF s.user_id IS NULL THEN
-        RETURN;
-    END IF;
-    RETURN QUERY SELECT 'monthly credits'::text, s.monthly_credits,
-        format('plan %s, until %s UTC%s', s.plan, to_char(s.credits_reset_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI'),
-               CASE WHEN s.monthly_credits IS NULL THEN ', unlimited' ELSE '' END);
-    IF b.credits_covered > 0 AND b.period_end > now() THEN
-        RETURN QUERY SELECT 'covered by an earlier plan'::text, b.credits_covered, 'used before a smaller plan began in this period'::text;
-    END IF;
-    RETURN QUERY SELECT g.kind, g.amount,
-        format('%s%s: %s left', g.reason,
-               coalesce(', expires ' || to_char(g.expires_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI') || ' UTC', ''), trim_scale(g.remaining))
-        FROM keyvault.credit_grants g
-       WHERE g.user_id = whose AND (g.remaining > 0 AND coalesce(g.expires_at > now(), true)) ORDER BY g.expires_at, g.created_at, g.id;
-    IF b.extra_spent > 0 AND b.period_end > now() THEN
-        RETURN QUERY SELECT 'grants'' share of this period'::text, b.extra_spent, 'already taken from grants'::text;
-    END IF;
-    RETURN QUERY SELECT 'used'::text, -s.credits_used,
-        format('since %s UTC', to_char(CASE WHEN b.period_end > now() THEN b.period_start
-                                            ELSE keyvault._period_bound(b.period_anchor, keyvault._period_number(b.period_anchor, now())) END
-                                       AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI'));
-    RETURN QUERY SELECT 'held'::text, -h.amount,
-        'until ' || CASE h.expires_at WHEN 'infinity' THEN 'its request ends' ELSE to_char(h.expires_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI') || ' UTC' END
-        FROM keyvault.credit_holds h WHERE h.user_id = whose AND h.expires_at > now() AND h.amount > 0 ORDER BY h.id;
-    RETURN QUERY SELECT 'remaining'::text, s.credits_remaining,
-        CASE WHEN s.credits_remaining IS NULL THEN 'unlimited' WHEN s.credits_overage > 0 THEN format('%s beyond the limit', trim_scale(s.credits_overage))
-             ELSE '' END;
-END $$;
-COMMENT ON FUNCTION keyvault.explain_balance(text) IS
-    'How a user''s credits_remaining comes about, line by line, in credits; debits are negative. user_id NULL is the identity. The acting user''s, every user''s for access analyst or admin; no rows otherwise.';
--- What is due from time to time. Nothing is wrong before it has run: it makes things sooner, smaller and faster.
--- The worker does it by itself, pg_cron on a schedule, and a superuser with run_maintenance() or CALL maintain().
-
-CREATE VIEW keyvault._maintenance_job WITH (security_invoker = true) AS
-SELECT * FROM (VALUES
-    (1, 'partitions', '7 * * * *'),
-    (2, 'roll-up', '* * * * *'),
-    (3, 'retention', '17 * * * *'),
-    (4, 'reset', '*/5 * * * *'),
-    (5, 'purge', '27 * * * *'),
-    (6, 'rotation', '37 * * * *')) j(place, job, schedule);
-COMMENT ON VIEW keyvault._maintenance_job IS 'The jobs of maintenance in their order, and when pg_cron runs each.';
-
-CREATE FUNCTION keyvault._purge(batch integer) RETURNS bigint
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    retention constant interval := current_setting('keyvault.response_retention')::interval;
-    kept_from constant timestamptz := now() - retention;
-    holder text;
-    purged bigint := 0;
-BEGIN
-    FOR holder IN SELECT h.user_id FROM keyvault.credit_holds h WHERE h.expires_at <= now() AND h.amount > 0 GROUP BY 1 ORDER BY 1 LIMIT batch LOOP
-        PERFORM keyvault._lock_balance(holder, false);
-        PERFORM keyvault._sweep_holds(holder);
-        purged := purged + 1;
-    END LOOP;
-    IF retention > '0' AND purged < batch THEN
-        -- An id begins with the milliseconds since 1970 at which it was made, so that the index on ids finds the oldest.
-        WITH old AS (
-            SELECT r.user_id, r.id FROM keyvault.requests r
-             WHERE r.id < (lpad(to_hex(floor(extract(epoch FROM kept_from) * 1000)::bigint), 12, '0') || repeat('0', 20))::uuid
-               AND r.finished_at < kept_from
-             ORDER BY r.id LIMIT batch FOR UPDATE SKIP LOCKED
-        ), answers AS (
-            DELETE FROM keyvault.responses a USING old o WHERE a.user_id = o.user_id AND a.id = o.id
-        ), gone AS (
-            DELETE FROM keyvault.requests r USING old o WHERE r.user_id = o.user_id AND r.id = o.id RETURNING 1)
-        SELECT purged + count(*) INTO purged FROM gone;
-    END IF;
-    RETURN purged;
-END $$;
-COMMENT ON FUNCTION keyvault._purge(integer) IS
-    'Takes the expired holds of up to batch users off their balances, and deletes up to batch requests that ended longer than keyvault.response_retention ago, with their answers; returns how many of both.';
-
-CREATE FUNCTION keyvault._maintain(job text, batch integer = 10000, OUT done bigint, OUT more boolean, OUT detail text)
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-BEGIN
-    more := false;
-    CASE job
-        WHEN 'partitions' THEN
-            done := keyvault._make_usage_partitions();
-            detail := CASE WHEN done > 0 THEN 'partitions made ahead' END;
-            IF done = 0 THEN
-                detail := 'moved out of the default partition into ' || keyvault._settle_default_partition();
-                done := (detail IS NOT NULL)::integer;
-            END IF;
-            more := done > 0;
-        WHEN 'roll-up' THEN
-            SELECT r.rolled, r.more INTO done, more FROM keyvault._roll_up_usage(2 * batch) r;
-            detail := 'records added to usage_daily';
-        WHEN 'retention' THEN
-            detail := 'retired ' || keyvault._retire_usage();
-            done := (detail IS NOT NULL)::integer;
-            more := done > 0;
-        WHEN 'reset' THEN
-            done := keyvault._reset_due_credits(batch);
-            more := done >= batch;
-            detail := 'balances whose period ended';
-        WHEN 'purge' THEN
-            done := keyvault._purge(batch);
-            more := done >= batch;
-            detail := 'old requests, and users with expired holds';
-        ELSE
-            done := 0;
-    END CASE;
-EXCEPTION
-    WHEN lock_not_available THEN
-        done := 0;
-        more := false;
-        detail := 'waits for a lock';
-END $$;
-COMMENT ON FUNCTION keyvault._maintain(text, integer) IS
-    'Does one batch of a job of maintenance: how much was done, whether there is more, and in words what; nothing when a lock is in the way.';
-
-CREATE FUNCTION keyvault._check_maintenance_job(name text) RETURNS void
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-BEGIN
-    IF name IS NOT NULL AND NOT EXISTS (SELECT FROM keyvault._maintenance_job j WHERE j.job = name) THEN
-        RAISE EXCEPTION 'there is no such job of maintenance'
-            USING ERRCODE = 'invalid_parameter_value',
-                  HINT = format('Jobs are %s; NULL is all of them.',
-                                (SELECT string_agg(j.job, ', ' ORDER BY j.place) FROM keyvault._maintenance_job j));
-    END IF;
-END $$;
-COMMENT ON FUNCTION keyvault._check_maintenance_job(text) IS 'Raises 22023 for a name that is no job of maintenance.';
-
-CREATE FUNCTION keyvault.run_maintenance(name text = NULL) RETURNS TABLE (job text, detail text, count bigint)
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-#variable_conflict use_column
-DECLARE
-    step record;
-    place integer;
-BEGIN
-    PERFORM keyvault._check_maintenance_job(name);
-    FOR job, place IN SELECT j.job, j.place FROM keyvault._maintenance_job j WHERE name IS NULL OR j.job = name ORDER BY j.place LOOP
-        count := 0;
-        detail := NULL;
-        LOOP
-            step := keyvault._maintain(job);
-            count := count + step.done;
-            detail := CASE WHEN step.done > 0 OR detail IS NULL THEN coalesce(step.detail, detail) ELSE detail END;
-            EXIT WHEN NOT step.more;
-        END LOOP;
-        RETURN NEXT;
-    END LOOP;
-END $$;
-COMMENT ON FUNCTION keyvault.run_maintenance(text) IS
-    'Does all that is due, or one job of it, in the caller''s transaction, and returns a row per job: what was done, and how much of it. Again at once it finds little left. CALL maintain() does the same and commits after each batch. A superuser calls it. Errors: 22023, 42501.';
+    'Usage per user, UTC day, provider, model, type and payer: calls, tokens, credits debited and provider cost in USD. The acting user''s, every user''s for access analyst or admin.';
 -- Every grant of the extension. Nothing is PUBLIC's; access is given by grant_access.
 
 CREATE FUNCTION keyvault._access_statements(access text) RETURNS SETOF text
@@ -3785,15 +1444,10 @@ CREATE FUNCTION keyvault._access_statements(access text) RETURNS SETOF text
     SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
-    app_functions text[] := '{act_as, store_api_key_reference, upsert_user, set_plan, uuidv7, _debit_tag}';
-    user_functions text[] := '{test_api_key, store_api_key, store_api_keys, sealing_key, store_sealed_api_key, user_api_keys, user_api_key, delete_api_key, request, response, wait_response, call, cancel_request}';
-    every_function text[] := '{current_user_id, _may_act_for_any_user, _may_read_all_usage, _may_administer, _period_bound, _period_number, usage_chart}';
+    app_functions text[] := '{act_as, upsert_user, set_plan, uuidv7, _debit_tag}';
+    user_functions text[] := '{store_api_key, user_api_keys, user_api_key, delete_api_key, request, response, wait_response, call, cancel_request}';
+    every_function text[] := '{current_user_id, _may_act_for_any_user, _may_read_all_usage, _may_administer, _period_bound, _period_number}';
     admin_functions text[] := '{upsert_user, set_plan, store_platform_key}';
-    credit_functions text[] := CASE access
-        WHEN 'app' THEN '{record_usage, reserve_credits, settle_credits, release_credits, grant_credits, refund_usage, set_budget}'
-        WHEN 'admin' THEN '{grant_credits, refund_usage, set_budget, reset_due_credits, verify_ledger, _ledger}'
-        WHEN 'analyst' THEN '{verify_ledger, _ledger}' END::text[]
-        || '{_balance_now, _in_budget, _budget_window, _budget_held, balance_at, explain_balance}'::text[];
     routines text[];
     member text;
 BEGIN
@@ -3801,7 +1455,7 @@ BEGIN
         RAISE EXCEPTION 'access must be app, user, analyst or admin'
             USING ERRCODE = 'invalid_parameter_value', HINT = 'See "Access" in doc/keyvault.md.';
     END IF;
-    routines := every_function || credit_functions || ('_' || access) || CASE access
+    routines := every_function || ('_' || access) || CASE access
         WHEN 'app' THEN app_functions || user_functions
         WHEN 'user' THEN user_functions
         WHEN 'admin' THEN admin_functions END;
@@ -3812,10 +1466,6 @@ BEGIN
     END LOOP;
     RETURN NEXT 'SELECT ON keyvault.users, keyvault.credit_balances, keyvault.credit_holds, keyvault.plans, keyvault.providers, '
              || 'keyvault.model_prices, keyvault.credit_status, keyvault.usage_records, keyvault.usage_by_day';
-    RETURN NEXT 'SELECT ON keyvault.credit_grants, keyvault.credit_periods, keyvault.credit_notices, keyvault.credit_budgets, '
-             || 'keyvault.budget_status, keyvault.plan_prices, keyvault.usage_archived';
-    RETURN NEXT 'SELECT ON keyvault.usage_by_model, keyvault.usage_by_month, keyvault.cost_by_payer, keyvault.revenue_by_user, '
-             || 'keyvault.usage_anomalies, keyvault.usage_daily, keyvault.usage_late, keyvault.usage_retired, keyvault.usage_rollup, keyvault._usage';
     IF access IN ('app', 'user') THEN
         RETURN NEXT 'SELECT (user_id, id, provider, model, type, path, payer, api_key_id, status, attempts, timeout_ms, hold_id, estimated_usd, '
                  || 'idempotency_key, queued_at, next_attempt_at, sent_at, finished_at, error, metadata, body) ON keyvault.requests';
@@ -3823,18 +1473,18 @@ BEGIN
     END IF;
     IF access IN ('app', 'user', 'admin') THEN
         RETURN NEXT 'SELECT (user_id, id, provider, name, hint, source, status, expires_at, last_used_at, last_verified_at, rotated_at, '
-                 || 'created_at, updated_at, problem) ON keyvault.api_keys';
+                 || 'created_at, updated_at) ON keyvault.api_keys';
         RETURN NEXT 'SELECT ON keyvault.api_key_status';
     END IF;
     IF access = 'app' THEN
-        -- debit_tag and hold_id stay out: with them, a writer could pass a row off as debited, or as settled past a budget.
+        -- debit_tag stays out: with it, a writer could pass a row off as debited.
         RETURN NEXT 'INSERT (user_id, created_at, id, type, provider, model, payer, input_tokens, cached_tokens, output_tokens, tokens, '
-                 || 'credits, cost_usd, request_id, api_key_id, issued_key_id, idempotency_key, metadata, reasoning_tokens, units, member_id) ON keyvault.usage_records';
+                 || 'credits, cost_usd, request_id, api_key_id, issued_key_id, idempotency_key, metadata) ON keyvault.usage_records';
         RETURN NEXT 'SET ON PARAMETER "keyvault.user_id"';
     END IF;
     IF access = 'admin' THEN
         -- Where a provider is, and how it is given the key, is the superuser's: whoever sets that reads the keys.
-        RETURN NEXT 'INSERT, UPDATE, DELETE ON keyvault.plans, keyvault.model_prices, keyvault.plan_prices';
+        RETURN NEXT 'INSERT, UPDATE, DELETE ON keyvault.plans, keyvault.model_prices';
         RETURN NEXT 'UPDATE (key_pattern, platform_paths, usd_per_request) ON keyvault.providers';
     END IF;
 END $$;
@@ -3874,22 +1524,6 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION keyvault.revoke_access(regrole, text) IS
     'Takes an access from a role; other accesses that it was given stay whole. A superuser calls it. Errors: 22023, 42501.';
-
-CREATE FUNCTION keyvault.refresh_access() RETURNS TABLE (role regrole, access text)
-    LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp
-AS $$
-BEGIN
-    FOR role, access IN SELECT DISTINCT a.grantee, substr(p.proname, 2) FROM pg_proc p, aclexplode(p.proacl) a
-                         WHERE p.pronamespace = 'keyvault'::regnamespace AND p.proname IN ('_app', '_user', '_analyst', '_admin')
-                           AND a.grantee NOT IN (0, p.proowner)
-                         ORDER BY 1, 2 LOOP
-        PERFORM keyvault.grant_access(role, access);
-        RETURN NEXT;
-    END LOOP;
-END $$;
-COMMENT ON FUNCTION keyvault.refresh_access() IS
-    'Gives every role the accesses that it has once more, and returns them: after ALTER EXTENSION keyvault UPDATE, which grants nothing, so that they cover what the update brought. A superuser calls it. Error: 42501.';
 
 REVOKE ALL ON ALL ROUTINES IN SCHEMA keyvault FROM PUBLIC;
 REVOKE ALL ON ALL TABLES IN SCHEMA keyvault FROM PUBLIC;
