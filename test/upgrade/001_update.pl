@@ -46,10 +46,16 @@ use_keyvault('old', "with the SQL of $before");
 # What must outlast the update: a change of an administrator's, a key, and a request in the queue.
 $node->safe_psql('used', "UPDATE keyvault.plans SET monthly_credits = 1234 WHERE plan = 'free'");
 as_app("SELECT keyvault.store_api_key('gemini', 'AIza-key-of-before-the-update', user_id => 'keeper')");
+set_config($node, 'keyvault.key_use_flush_interval', 0);
+as_app("SELECT keyvault.user_api_key('gemini', 'keeper')");
+ok(wait_until(sub { $node->safe_psql('used', "SELECT last_used_at IS NOT NULL FROM keyvault.api_keys WHERE user_id = 'keeper'") eq 't' }),
+	"uses of keys are written with the SQL of $before");
+set_config($node, 'keyvault.key_use_flush_interval', undef);
 set_config($node, 'keyvault.databases', 'none');
 wait_until(sub { worker_pid($node, 'used') eq '' }) or die 'the worker does not leave';
 my $queued = as_app(q{SELECT keyvault.request('openai', '{"messages": [{"role": "user", "content": "queued"}]}', model => 'gpt-5-mini', user_id => 'keeper')});
-my $balances = $node->safe_psql('used', 'SELECT * FROM keyvault.credit_status ORDER BY user_id');
+my $status_columns = 'user_id, plan, monthly_credits, extra_credits, credits_used, credits_held, credits_remaining, credits_reset_at';
+my $balances = $node->safe_psql('used', "SELECT $status_columns FROM keyvault.credit_status ORDER BY user_id");
 my $usage = $node->safe_psql('used', 'SELECT id, user_id, credits, tokens FROM keyvault.usage_records ORDER BY id');
 
 # A session that has plans of the version before goes on after the update.
@@ -71,7 +77,7 @@ is($node->safe_psql('used', "SELECT string_agg(role || ' ' || access, ', ' ORDER
 	'kv_admin admin, kv_analyst analyst, kv_app app, kv_user user', 'refresh_access finds every access');
 
 is($node->safe_psql('used', q{SELECT monthly_credits FROM keyvault.plans WHERE plan = 'free'}), '1234.000000', "an administrator's change stays");
-is($node->safe_psql('used', q{SELECT * FROM keyvault.credit_status WHERE user_id <> 'session' ORDER BY user_id}), $balances, 'credits are as before');
+is($node->safe_psql('used', qq{SELECT $status_columns FROM keyvault.credit_status WHERE user_id <> 'session' ORDER BY user_id}), $balances, 'credits are as before');
 is($node->safe_psql('used', q{SELECT id, user_id, credits, tokens FROM keyvault.usage_records WHERE user_id <> 'session' ORDER BY id}), $usage, 'usage is as before');
 is(request_status($node, $queued, 'used'), 'queued', 'a queued request is still queued');
 set_config($node, 'keyvault.databases', undef);

@@ -87,7 +87,7 @@ SELECT r.object || '.' || a.attname, f.property, f.value
   FROM relation r JOIN pg_attribute a ON a.attrelid = r.oid AND a.attnum > 0 AND NOT a.attisdropped
   LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum, LATERAL (VALUES
       ('place', (SELECT count(*) FROM pg_attribute b WHERE b.attrelid = a.attrelid AND b.attnum BETWEEN 1 AND a.attnum AND NOT b.attisdropped)::text),
-      ('number', CASE WHEN r.relname IN ('api_keys', 'data_keys', 'vault') THEN a.attnum::text END), ('type', format_type(a.atttypid, a.atttypmod)), ('collation', nullif(a.attcollation, 0)::regcollation::text),
+      ('number', CASE WHEN r.relname IN ('api_keys', 'credit_balances', 'data_keys', 'usage_rollup', 'users', 'vault') THEN a.attnum::text END), ('type', format_type(a.atttypid, a.atttypmod)), ('collation', nullif(a.attcollation, 0)::regcollation::text),
       ('not null', a.attnotnull::text), ('default', pg_get_expr(d.adbin, d.adrelid)), ('generated', nullif(a.attgenerated, '')::text),
       ('identity', nullif(a.attidentity, '')::text), ('storage', a.attstorage::text), ('compression', nullif(a.attcompression, '')::text),
       ('privileges', CASE WHEN a.attacl IS NOT NULL THEN pg_temp.acl(a.attacl) END), ('options', (SELECT string_agg(o, ', ' ORDER BY o) FROM unnest(a.attoptions) o WHERE o !~ '^pg_attver=')),
