@@ -5,13 +5,14 @@
 run_sanitize() {
 	local work=$work/sanitize PG_BIN= PATH=$PATH KV_COPT='-fsanitize=address,undefined -fno-sanitize-recover=all -O1 -g -fno-omit-frame-pointer'
 	local make_options=(CC=gcc SHLIB_LINK='-lcurl -lcrypto -fsanitize=address,undefined') runtime
+	export KV_SANITIZER=1
 	mkdir -p -m 777 "$work" "$work/reports"
 	chmod 777 "$work/reports"
 	prepare
 	gcc -shared -fPIC -Wl,-z,initfirst -o "$work/early.so" test/sanitize/early.c || die 'test/sanitize/early.c does not build'
 	runtime=$(realpath "$(gcc -print-file-name=libasan.so)")
 	wrap_server "$PG_BIN" "LD_PRELOAD='$runtime $work/early.so'" \
-		"ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:disable_coredump=1:handle_segv=0:detect_stack_use_after_return=0:log_path=$work/reports/report" \
+		"ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:disable_coredump=0:handle_segv=0:detect_stack_use_after_return=0:log_path=$work/reports/report" \
 		"UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1:log_path=$work/reports/report"
 
 	make_cluster "$work/cluster" test/keyvault.conf
