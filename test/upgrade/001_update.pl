@@ -65,13 +65,18 @@ SET ROLE kv_app;
 SELECT keyvault.user_api_key('gemini', 'keeper');
 SELECT keyvault.store_api_key('exa', 'exa-key-in-an-open-session', user_id => 'keeper') IS NOT NULL;
 INSERT INTO keyvault.usage_records (user_id, type, credits) VALUES ('session', 'api', 1);
+-- The update does not wait for this transaction, which wrote nothing of the extension's yet.
+BEGIN;
+DO 'BEGIN PERFORM pg_current_xact_id(); END';
 \\! $update
 SELECT keyvault.user_api_key('gemini', 'keeper');
 SELECT keyvault.store_api_key('exa', 'exa-key-in-an-open-session', user_id => 'keeper') IS NOT NULL;
 INSERT INTO keyvault.usage_records (user_id, type, credits) VALUES ('session', 'api', 1);
+COMMIT;
 SQL
 is("$status $errors", '0 ', 'an open session goes on after the update');
 is($out, join("\n", ('AIza-key-of-before-the-update', 't') x 2), '... with the same keys');
+is($node->safe_psql('used', "SELECT sum(calls) FROM keyvault.usage_by_day WHERE user_id = 'session'"), '2', '... and all its usage is counted');
 is($node->safe_psql('used', "SELECT extversion FROM pg_extension WHERE extname = 'keyvault'"), $now, "the database is at $now");
 is($node->safe_psql('used', "SELECT string_agg(role || ' ' || access, ', ' ORDER BY access) FROM keyvault.refresh_access()"),
 	'kv_admin admin, kv_analyst analyst, kv_app app, kv_user user', 'refresh_access finds every access');
