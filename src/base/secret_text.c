@@ -42,6 +42,9 @@ static const char *const key_prefixes[] = {
 	"sk-", "AIza", "xai-", "gsk_", "xan_",
 };
 
+/* With which these prefixes begin. */
+static const char prefix_letters[] = "sAxg";
+
 /* Fewer characters than this behind a prefix are taken for ordinary text. */
 #define KEY_SHAPE_MIN 16
 
@@ -183,7 +186,7 @@ is_inside_word(const char *text, const char *p)
 static const char *
 find_key_shape(const char *text, const char *p, Size *length)
 {
-	for (; *p; p++)
+	for (; (p = strpbrk(p, prefix_letters)) != NULL; p++)
 	{
 		if (is_inside_word(text, p))
 			continue;
