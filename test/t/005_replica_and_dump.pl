@@ -70,7 +70,7 @@ my %content = (
 	'number of prices' => 'SELECT count(*) FROM keyvault.model_prices',
 	'changed prices' => 'SELECT * FROM keyvault.model_prices WHERE NOT seeded ORDER BY provider, model, valid_from',
 	'usage records' => 'SELECT user_id, count(*), sum(credits), min(created_at), max(created_at) FROM keyvault.usage_records GROUP BY user_id ORDER BY user_id',
-	partitions => q(SELECT inhrelid::regclass FROM pg_inherits WHERE inhparent = 'keyvault.usage_records'::regclass ORDER BY 1),
+	partitions => q(SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = 'keyvault.usage_records'::regclass ORDER BY 1),
 	requests => 'SELECT user_id, id, status, hold_id FROM keyvault.requests ORDER BY id',
 	responses => 'SELECT user_id, id, status, body, credits FROM keyvault.responses ORDER BY id',
 	keys => q(SELECT keyvault.user_api_keys('rich')),
