@@ -16,7 +16,7 @@ run_fuzz() {
 
 # What each target is made of, besides itself and the stand-in for the server.
 fuzzed_sources() {
-	local aead='src/crypto/aead.c src/crypto/associated_data.c src/base/secret.c'
+	local aead='src/crypto/aead.c src/crypto/openssl_error.c src/crypto/associated_data.c src/base/secret.c'
 	case $1 in
 		record) echo "src/crypto/envelope.c $aead" ;;
 		wrap) echo "src/crypto/data_key_wrap.c $aead" ;;

@@ -9,36 +9,24 @@
 #include "postgres.h"
 
 #include "crypto/aead.h"
-#include "base/error.h"
 
 #include <openssl/core_names.h>
 #include <openssl/crypto.h>
-#include <openssl/err.h>
 #include <openssl/evp.h>
 #include <openssl/params.h>
+
+#include "base/error.h"
+#include "crypto/openssl_error.h"
 
 /* Made at first use and kept; hmac is given a key of zeros after each use. */
 static EVP_CIPHER *gcm = NULL;
 static EVP_MAC_CTX *hmac = NULL;
 
-static void
-raise_openssl_error(const char *what)
-{
-	unsigned long code = ERR_get_error();
-	const char *reason = code ? ERR_reason_error_string(code) : NULL;
-
-	ERR_clear_error();
-	ereport(ERROR,
-			(errcode(ERRCODE_INTERNAL_ERROR),
-			 errmsg("%s failed in OpenSSL: %s", what, reason ? reason : "no reason given"),
-			 errhint("Check that the server's OpenSSL provides AES-256-GCM and HKDF.")));
-}
-
 static const EVP_CIPHER *
 fetched_gcm(void)
 {
 	if (gcm == NULL && (gcm = EVP_CIPHER_fetch(NULL, "AES-256-GCM", NULL)) == NULL)
-		raise_openssl_error("fetching AES-256-GCM");
+		kv_openssl_error_raise("fetching AES-256-GCM");
 	return gcm;
 }
 
@@ -60,7 +48,7 @@ fetched_hmac(void)
 	{
 		EVP_MAC_CTX_free(hmac);
 		hmac = NULL;
-		raise_openssl_error("fetching HMAC-SHA256");
+		kv_openssl_error_raise("fetching HMAC-SHA256");
 	}
 	return hmac;
 }
@@ -92,7 +80,7 @@ kv_aead_seal(const uint8 *key, const uint8 *nonce, const uint8 *associated, Size
 		EVP_CIPHER_CTX_ctrl(context, EVP_CTRL_AEAD_GET_TAG, KV_TAG_SIZE, tag) == 1;
 	EVP_CIPHER_CTX_free(context);
 	if (!sealed)
-		raise_openssl_error("encryption");
+		kv_openssl_error_raise("encryption");
 }
 
 /* Decrypt length bytes into plain. False, with plain zeroed, when key, nonce, data or tag is not the sealed one. */
@@ -116,7 +104,7 @@ kv_aead_open(const uint8 *key, const uint8 *nonce, const uint8 *associated, Size
 	if (!opened)
 		OPENSSL_cleanse(plain, length);
 	if (!usable)
-		raise_openssl_error("decryption");
+		kv_openssl_error_raise("decryption");
 	return opened;
 }
 
@@ -137,7 +125,7 @@ compute_hmac(Bytes key, const Bytes *pieces, int n, uint8 *mac)
 	for (int i = 0; computed && i < n; i++)
 		computed = pieces[i].length == 0 || EVP_MAC_update(context, pieces[i].bytes, pieces[i].length) == 1;
 	if (!computed || EVP_MAC_final(context, mac, &size, KV_MAC_SIZE) != 1)
-		raise_openssl_error("message authentication");
+		kv_openssl_error_raise("message authentication");
 }
 
 static void

@@ -152,7 +152,7 @@ kv_envelope_open(const char *user_id, const KvSecretName *name, const bytea *rec
 {
 	RecordHeader header;
 	const uint8 *cipher = (const uint8 *) VARDATA_ANY(record) + sizeof(RecordHeader);
-	Size		length = VARSIZE_ANY_EXHDR(record) - sizeof(RecordHeader) - KV_TAG_SIZE;
+	Size		length = kv_envelope_secret_length(record);
 	KvRecordKey record_key;
 	KvAssociatedData associated;
 	char	   *secret;

@@ -24,10 +24,10 @@
 #include <openssl/evp.h>
 #include <openssl/param_build.h>
 
-#include "base/error.h"
 #include "base/pg_version.h"
 #include "base/secret.h"
 #include "crypto/associated_data.h"
+#include "crypto/openssl_error.h"
 
 #define BOX_VERSION		0x01
 #define UNCOMPRESSED	0x04
@@ -45,26 +45,13 @@ typedef struct BoxHeader
 StaticAssertDecl(sizeof(BoxHeader) == 82, "the box's format has no padding");
 
 static void
-raise_openssl_error(const char *what)
-{
-	unsigned long code = ERR_get_error();
-	const char *reason = code ? ERR_reason_error_string(code) : NULL;
-
-	ERR_clear_error();
-	ereport(ERROR,
-			(errcode(ERRCODE_INTERNAL_ERROR),
-			 errmsg("%s failed in OpenSSL: %s", what, reason ? reason : "no reason given"),
-			 errhint("Check that the server's OpenSSL provides ECDH on P-256.")));
-}
-
-static void
 compute_key_id(KvBoxKey *key)
 {
 	uint8		digest[EVP_MAX_MD_SIZE];
 	size_t		size;
 
 	if (EVP_Q_digest(NULL, "SHA256", NULL, key->public_key, sizeof(key->public_key), digest, &size) != 1)
-		raise_openssl_error("SHA-256");
+		kv_openssl_error_raise("SHA-256");
 	memcpy(key->id, digest, KV_BOX_KEY_ID_SIZE);
 }
 
@@ -85,7 +72,7 @@ kv_sealed_box_make_key(KvBoxKey *key)
 	BN_clear_free(scalar);
 	EVP_PKEY_free(pair);
 	if (!made)
-		raise_openssl_error("making a P-256 key");
+		kv_openssl_error_raise("making a P-256 key");
 	compute_key_id(key);
 }
 
@@ -174,7 +161,7 @@ kv_sealed_box_seal(const KvBoxKey *key, const KvBoxBinding *binding, const char 
 
 	kv_sealed_box_make_key(ephemeral);
 	if (!share_secret(ephemeral->public_key, ephemeral->private_key, key->public_key, shared))
-		raise_openssl_error("ECDH");
+		kv_openssl_error_raise("ECDH");
 	SET_VARSIZE(box, size);
 	header->version = BOX_VERSION;
 	memcpy(header->key_id, key->id, KV_BOX_KEY_ID_SIZE);
