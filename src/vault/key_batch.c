@@ -51,7 +51,7 @@ store_one(KvNewKey *key, const JsonbValue *value, ReturnSetInfo *result)
 	secret[value->val.string.len] = '\0';
 	kv_key_shape_check(secret, value->val.string.len, key->provider);
 	key->secret = secret;
-	id = kv_key_row_write(key);
+	nulls[1] = !kv_api_key_keep(key, &id);
 	columns[0] = CStringGetTextDatum(key->provider);
 	columns[1] = UUIDPGetDatum(&id);
 	tuplestore_putvalues(result->setResult, result->setDesc, columns, nulls);

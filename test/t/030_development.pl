@@ -99,6 +99,13 @@ $node->safe_psql('postgres', "INSERT INTO keyvault.providers (provider, base_url
 $node->safe_psql('postgres', "SELECT keyvault.store_api_key('my-own', 'stored-own-1', user_id => 'u')");
 like(slurp_file($env), qr/^MY_OWN_API_KEY=stored-own-1$/m, 'a provider without env_var has a variable by its name');
 $node->safe_psql('postgres', "SELECT keyvault.delete_api_key('my-own', user_id => 'u')");
+my $batch = q(SELECT provider, id IS NOT NULL FROM keyvault.store_api_keys('{"exa": "batch-exa-1", "gemini": "batch-gemini-1"}', 'batch'));
+my $without_batch = slurp_file($env);
+is($node->safe_psql('postgres', $batch), "exa|t\ngemini|t", 'a batch is kept');
+is($node->safe_psql('postgres', "SELECT keyvault.user_api_key('exa', 'u'), keyvault.user_api_key('gemini', 'u')"), 'batch-exa-1|batch-gemini-1', 'and in the file, too');
+is(state_of($node, q(SELECT keyvault.store_api_keys('{"exa": "batch-exa-2", "gemini": "sk-ant-batch"}', 'batch'))), 'KV009', 'a bad key in a batch');
+is($node->safe_psql('postgres', "SELECT keyvault.user_api_key('exa', 'u')"), 'batch-exa-1', 'keeps the others out of the file');
+write_env($without_batch);
 set_config($node, 'keyvault.mode', 'production');
 is(keys_of('u'), '{"gemini": "stored-gemini-2", "openai": "stored-openai-2"}', 'the database has what was stored, and not what was deleted');
 set_config($node, 'keyvault.mode', 'development');
@@ -231,6 +238,8 @@ is(keys_of('u'), '{"gemini": "no-master-key-1"}', 'lookups need no master key');
 is($out, 't', 'storing without a master key returns NULL');
 like($err, qr/NOTICE:  the key is kept in the \.env file alone/, 'and says why');
 env_is("GEMINI_API_KEY=no-master-key-1\nEXA_API_KEY=file-alone-1\n", 'the file has it');
+is($node->safe_psql('postgres', $batch), "exa|f\ngemini|f", 'a batch likewise');
+env_is("GEMINI_API_KEY=batch-gemini-1\nEXA_API_KEY=batch-exa-1\n", 'is in the file alone');
 is(state_of($node, "SELECT keyvault.store_api_key('exa', 'file-alone-1', 'second', user_id => 'alone')"), 'KV004', 'a key that is not for the file needs one');
 
 write_env("GEMINI_API_KEY=no-master-key-1\n");
