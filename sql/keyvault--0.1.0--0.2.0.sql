@@ -3520,33 +3520,52 @@ DECLARE
     whose text := coalesce($1, keyvault.current_user_id());
     s record;
     b keyvault.credit_balances;
+    c keyvault.credit_balances;
+    used_in_slots numeric;
+    pending numeric := 0;
+    granted numeric := 0;
+    beyond numeric;
+    g record;
 BEGIN
-    SELECT c.* INTO s FROM keyvault.credit_status c WHERE c.user_id = whose;
-    SELECT c.* INTO b FROM keyvault.credit_balances c WHERE c.user_id = whose AND c.slot = 0;
+    SELECT v.* INTO s FROM keyvault.credit_status v WHERE v.user_id = whose;
+    SELECT v.* INTO b FROM keyvault.credit_balances v WHERE v.user_id = whose AND v.slot = 0;
     IF s.user_id IS NULL THEN
         RETURN;
     END IF;
+    SELECT sum(v.credits_used) INTO used_in_slots FROM keyvault.credit_balances v WHERE v.user_id = whose;
+    c := keyvault._balance_now(b, used_in_slots);
     RETURN QUERY SELECT 'monthly credits'::text, s.monthly_credits,
         format('plan %s, until %s UTC%s', s.plan, to_char(s.credits_reset_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI'),
                CASE WHEN s.monthly_credits IS NULL THEN ', unlimited' ELSE '' END);
-    IF b.credits_covered > 0 AND b.period_end > now() THEN
-        RETURN QUERY SELECT 'covered by an earlier plan'::text, b.credits_covered, 'used before a smaller plan began in this period'::text;
+    IF c.credits_covered > 0 THEN
+        RETURN QUERY SELECT 'covered by an earlier plan'::text, c.credits_covered, 'used before a smaller plan began in this period'::text;
     END IF;
-    RETURN QUERY SELECT g.kind, g.amount,
-        format('%s%s: %s left', g.reason,
-               coalesce(', expires ' || to_char(g.expires_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI') || ' UTC', ''), trim_scale(g.remaining))
-        FROM keyvault.credit_grants g
-       WHERE g.user_id = whose AND (g.remaining > 0 AND coalesce(g.expires_at > now(), true)) ORDER BY g.expires_at, g.created_at, g.id;
-    IF b.extra_spent > 0 AND b.period_end > now() THEN
-        RETURN QUERY SELECT 'grants'' share of this period'::text, b.extra_spent, 'already taken from grants'::text;
+    -- A period that ended and that nobody has closed yet takes its part of the grants first.
+    IF b.period_end <= now() THEN
+        pending := coalesce(greatest(least(used_in_slots - b.monthly_credits, b.extra_credits) - b.extra_spent, 0), 0);
+    END IF;
+    FOR g IN SELECT n.*, n.remaining - least(greatest(pending - n.before, 0), n.remaining) AS has
+               FROM (SELECT o.*, sum(o.remaining) OVER (ORDER BY o.expires_at, o.created_at, o.id) - o.remaining AS before
+                       FROM keyvault.credit_grants o WHERE o.user_id = whose AND o.remaining > 0) n
+              ORDER BY n.expires_at, n.created_at, n.id LOOP
+        CONTINUE WHEN g.has = 0 OR g.expires_at <= now();
+        granted := granted + g.has;
+        RETURN QUERY SELECT g.kind, g.has,
+            format('%s%s, of %s granted', g.reason,
+                   coalesce(', expires ' || to_char(g.expires_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI') || ' UTC', ''), trim_scale(g.amount));
+    END LOOP;
+    IF c.extra_credits > granted THEN
+        RETURN QUERY SELECT 'paid by grants'::text, c.extra_credits - granted, 'of what was used in this period, and taken off the grants already'::text;
     END IF;
     RETURN QUERY SELECT 'used'::text, -s.credits_used,
-        format('since %s UTC', to_char(CASE WHEN b.period_end > now() THEN b.period_start
-                                            ELSE keyvault._period_bound(b.period_anchor, keyvault._period_number(b.period_anchor, now())) END
-                                       AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI'));
+        format('since %s UTC', to_char(c.period_start AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI'));
     RETURN QUERY SELECT 'held'::text, -h.amount,
         'until ' || CASE h.expires_at WHEN 'infinity' THEN 'its request ends' ELSE to_char(h.expires_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI') || ' UTC' END
         FROM keyvault.credit_holds h WHERE h.user_id = whose AND h.expires_at > now() AND h.amount > 0 ORDER BY h.id;
+    beyond := c.credits_used + s.credits_held - c.monthly_credits - c.extra_credits;
+    IF beyond > 0 THEN
+        RETURN QUERY SELECT 'beyond the limit'::text, beyond, 'not taken off what comes later'::text;
+    END IF;
     RETURN QUERY SELECT 'remaining'::text, s.credits_remaining,
         CASE WHEN s.credits_remaining IS NULL THEN 'unlimited' WHEN s.credits_overage > 0 THEN format('%s beyond the limit', trim_scale(s.credits_overage))
              ELSE '' END;
@@ -3554,7 +3573,7 @@ END $$;
 REVOKE ALL ON FUNCTION keyvault.explain_balance(user_id text) FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault.explain_balance(text) IS
-    'How a user''s credits_remaining comes about, line by line, in credits; debits are negative. user_id NULL is the identity. The acting user''s, every user''s for access analyst or admin; no rows otherwise.';
+    'How a user''s credits_remaining comes about, line by line, in credits: the lines add up to the last one, remaining. Debits are negative. user_id NULL is the identity. The acting user''s, every user''s for access analyst or admin; no rows otherwise.';
 
 -- What is due from time to time. Nothing is wrong before it has run: it makes things sooner, smaller and faster.
 -- The worker does it by itself, pg_cron on a schedule, and a superuser with run_maintenance() or CALL maintain().

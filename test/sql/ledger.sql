@@ -1,0 +1,57 @@
+-- Balances explained, as they were, and proved.
+SET client_min_messages = warning;
+CREATE EXTENSION IF NOT EXISTS keyvault CASCADE;
+RESET client_min_messages;
+\set VERBOSITY terse
+-- Let a user's period have ended, and grants have expired, as though time had passed.
+CREATE FUNCTION pg_temp.month_passes(who text) RETURNS void LANGUAGE sql AS $$
+UPDATE keyvault.credit_balances SET period_anchor = now() - interval '1 hour', period_start = period_start - interval '1 month',
+       period_end = now() - interval '1 hour', due_at = now() - interval '1 hour' WHERE user_id = who;
+$$;
+CREATE FUNCTION pg_temp.expires(who text, why text) RETURNS void LANGUAGE sql AS $$
+UPDATE keyvault.credit_grants SET expires_at = now() - interval '1 minute' WHERE user_id = who AND reason = why;
+UPDATE keyvault.credit_balances SET due_at = now() - interval '1 minute' WHERE user_id = who;
+$$;
+CREATE VIEW pg_temp.sums AS
+SELECT s.user_id, sum(e.credits) FILTER (WHERE e.item <> 'remaining')::float AS lines, max(e.credits) FILTER (WHERE e.item = 'remaining')::float AS remaining,
+       max(e.credits) FILTER (WHERE e.item = 'remaining') = s.credits_remaining AS as_status,
+       string_agg(e.item || ' ' || e.credits::float, ', ') FILTER (WHERE e.item <> 'remaining') AS items
+  FROM keyvault.credit_status s CROSS JOIN LATERAL keyvault.explain_balance(s.user_id) e
+ WHERE s.user_id LIKE 'le\_%' GROUP BY s.user_id, s.credits_remaining ORDER BY 1;
+
+-- The lines of explain_balance add up to what remains.
+-- a grant that was spent partly in the period before
+SELECT keyvault.grant_credits('le_a', 100, 'bought') IS NOT NULL AS granted;
+INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('le_a', 1040);
+SELECT * FROM pg_temp.sums WHERE user_id = 'le_a';
+SELECT pg_temp.month_passes('le_a');
+SELECT * FROM pg_temp.sums WHERE user_id = 'le_a';
+SELECT keyvault.reset_due_credits() >= 1 AS reset;
+SELECT * FROM pg_temp.sums WHERE user_id = 'le_a';
+SELECT item, credits::float, regexp_replace(note, '[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9:]{5}', 'TIME', 'g') AS note FROM keyvault.explain_balance('le_a');
+-- and partly within this one, noted at a further grant
+INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('le_a', 1010);
+SELECT keyvault.grant_credits('le_a', 50, 'bought too') IS NOT NULL AS granted;
+INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('le_a', 5);
+SELECT * FROM pg_temp.sums WHERE user_id = 'le_a';
+-- a grant that expires before anybody notes it, having paid
+SELECT keyvault.grant_credits('le_b', 100, 'expires', now() + interval '1 day') IS NOT NULL AS granted, keyvault.grant_credits('le_b', 10, 'stays') IS NOT NULL;
+INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('le_b', 1070);
+SELECT pg_temp.expires('le_b', 'expires');
+SELECT * FROM pg_temp.sums WHERE user_id = 'le_b';
+SELECT keyvault.reset_due_credits() >= 1 AS reset;
+SELECT * FROM pg_temp.sums WHERE user_id = 'le_b';
+-- a refund, and holds
+SELECT keyvault.record_usage('chat', 'gpt-5-mini', 10, 20, 42, 'le_c') AS usage \gset
+SELECT keyvault.refund_usage(:'usage', 'a bad answer', 'le_c') IS NOT NULL AS refunded, keyvault.reserve_credits(7, '1 hour', 'le_c') IS NOT NULL AS held;
+SELECT * FROM pg_temp.sums WHERE user_id = 'le_c';
+-- a smaller plan, and one that reports
+SELECT keyvault.upsert_user('le_d', plan => 'pro') IS NOT NULL AS made;
+INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('le_d', 2000);
+SELECT keyvault.reserve_credits(1500, '1 hour', 'le_d') IS NOT NULL AS held, keyvault.set_plan('le_d', 'free');
+SELECT * FROM pg_temp.sums WHERE user_id = 'le_d';
+INSERT INTO keyvault.plans (plan, monthly_credits, overage) VALUES ('le_postpaid', 300, 'report');
+SELECT keyvault.upsert_user('le_e', plan => 'le_postpaid') IS NOT NULL AS made, keyvault.grant_credits('le_e', 10, 'bought') IS NOT NULL AS granted;
+INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('le_e', 400);
+SELECT * FROM pg_temp.sums WHERE user_id = 'le_e';
+SELECT * FROM keyvault.verify_ledger() WHERE user_id LIKE 'le\_%';
