@@ -1067,11 +1067,15 @@ CREATE FUNCTION keyvault._reserve_credits(user_id text, amount numeric, ttl inte
 AS $$
 BEGIN
     PERFORM keyvault._check_amount(amount, 0);
+    IF cost_usd = 'NaN' OR cost_usd < 0 OR round(cost_usd, 9) >= 1e9 THEN
+        RAISE EXCEPTION 'cost_usd must be between 0 and 999999999 USD'
+            USING ERRCODE = 'invalid_parameter_value', HINT = 'It is what the use is expected to cost the provider''s customer.';
+    END IF;
     IF ttl IS NULL OR ttl <= interval '0' OR ttl > interval '1 year' THEN
         RAISE EXCEPTION 'ttl must be more than 0 and at most a year'
             USING ERRCODE = 'invalid_parameter_value', HINT = 'It is how long the credits stay set aside if nobody settles the hold.';
     END IF;
-    RETURN keyvault._hold_credits($1, round(amount, 6), now() + ttl, may_create, model, coalesce(cost_usd, 0), issued_key_id, member_id);
+    RETURN keyvault._hold_credits($1, round(amount, 6), now() + ttl, may_create, model, coalesce(round(cost_usd, 9), 0), issued_key_id, member_id);
 END $$;
 REVOKE ALL ON FUNCTION keyvault._reserve_credits(user_id text, amount numeric, ttl interval, model text, cost_usd numeric, issued_key_id uuid, member_id text, may_create boolean) FROM PUBLIC;
 

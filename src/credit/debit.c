@@ -66,16 +66,18 @@ enum
 	CACHED_TOKENS,
 	OUTPUT_TOKENS,
 	TOKENS,
+	REASONING_TOKENS,
 	CREDITS,
 	CREDITS_OVERRUN,
 	COST_USD,
+	UNITS,
 	DEBIT_TAG,
 	COLUMNS
 };
 
 static const char *const column_names[COLUMNS] = {
 	"user_id", "created_at", "type", "payer", "input_tokens", "cached_tokens", "output_tokens", "tokens",
-	"credits", "credits_overrun", "cost_usd", "debit_tag",
+	"reasoning_tokens", "credits", "credits_overrun", "cost_usd", "units", "debit_tag",
 };
 
 /* Their numbers in the relation last seen, as partitions may order them otherwise. Dropped when the transaction ends. */
@@ -128,11 +130,12 @@ check_row(const Datum *values, const bool *isnull)
 		raise_bad_value(PAYER, "user or platform");
 	if (TIMESTAMP_NOT_FINITE(DatumGetTimestampTz(values[CREATED_AT])))
 		raise_bad_value(CREATED_AT, "finite");
-	for (int i = INPUT_TOKENS; i <= TOKENS; i++)
+	for (int i = INPUT_TOKENS; i <= REASONING_TOKENS; i++)
 		if (!isnull[i] && DatumGetInt64(values[i]) < 0)
 			raise_bad_value(i, "zero or more");
-	for (int i = CREDITS; i <= COST_USD; i++)
-		check_amount(i, DatumGetNumeric(values[i]));
+	for (int i = CREDITS; i <= UNITS; i++)
+		if (!isnull[i])
+			check_amount(i, DatumGetNumeric(values[i]));
 }
 
 /* Of the hash key: most of it is seldom used. */
@@ -231,7 +234,12 @@ keyvault_collect_debit(PG_FUNCTION_ARGS)
 	}
 	find_columns(trigger->tg_relation);
 	for (int i = 0; i < COLUMNS; i++)
-		values[i] = slot_getattr(trigger->tg_trigslot, columns[i], &isnull[i]);
+	{
+		/* The table of 0.1.0 has no reasoning_tokens and units. */
+		isnull[i] = columns[i] <= 0;
+		if (!isnull[i])
+			values[i] = slot_getattr(trigger->tg_trigslot, columns[i], &isnull[i]);
+	}
 	check_row(values, isnull);
 	user_id = DatumGetTextPP(values[USER_ID]);
 	if (VARSIZE_ANY_EXHDR(user_id) == 0 || VARSIZE_ANY_EXHDR(user_id) > KV_USER_ID_MAX)

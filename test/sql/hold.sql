@@ -60,6 +60,9 @@ SELECT count(*) FROM keyvault.credit_holds WHERE user_id = 'ho_b';
 SELECT * FROM keyvault.verify_ledger() WHERE user_id LIKE 'ho\_%';
 -- bad arguments
 SELECT s.state, s.message FROM unnest('{NULL, -1, NaN, Infinity, 1e12}'::text[]) amount, LATERAL pg_temp.refusal(format('SELECT keyvault.reserve_credits(%L, user_id => ''ho_b'')', amount)) s;
+-- a negative estimate would add to a budget, NaN block it
+SELECT s.state, s.message FROM unnest('{-1000, -0.000000001, NaN, -Infinity, Infinity, 999999999.9999999999}'::text[]) usd, LATERAL pg_temp.refusal(format('SELECT keyvault.reserve_credits(1, user_id => ''ho_b'', cost_usd => %L)', usd)) s;
+SELECT keyvault.release_credits(keyvault.reserve_credits(0, user_id => 'ho_b', cost_usd => 999999999));
 SELECT s.state, s.message FROM unnest('{NULL, 0, -1 s, 2 years}'::text[]) ttl, LATERAL pg_temp.refusal(format('SELECT keyvault.reserve_credits(1, %L, ''ho_b'')', ttl)) s;
 
 -- Identity: a trusted application without user_id acts as its identity; another user's hold is not its to settle.
