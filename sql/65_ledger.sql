@@ -25,13 +25,16 @@ AS $$
 DECLARE
     users bigint;
 BEGIN
-    EXECUTE format('INSERT INTO keyvault.usage_archived (user_id, partition, calls, credits)
-                    SELECT r.user_id, %L, count(*), sum(r.credits) FROM %s r GROUP BY r.user_id', partition::text, partition);
+    EXECUTE format('INSERT INTO keyvault.usage_archived AS a (user_id, partition, calls, credits)
+                    SELECT r.user_id, %L, count(*), sum(r.credits) FROM %s r GROUP BY r.user_id
+                    ON CONFLICT (user_id, partition) DO UPDATE
+                       SET calls = a.calls + excluded.calls, credits = a.credits + excluded.credits, archived_at = now()',
+                   partition::text, partition);
     GET DIAGNOSTICS users = ROW_COUNT;
     RETURN users;
 END $$;
 COMMENT ON FUNCTION keyvault._archive_usage(regclass) IS
-    'Keeps in usage_archived what a partition of usage_records adds up to, in the transaction that detaches it; returns for how many users.';
+    'Keeps in usage_archived what a partition of usage_records adds up to, in the transaction that detaches it, beside what an earlier partition of that name did; returns for how many users.';
 
 CREATE FUNCTION keyvault._ledger() RETURNS TABLE (user_id text, what text, expected numeric, found numeric)
     LANGUAGE sql STABLE
@@ -147,6 +150,9 @@ BEGIN
     END IF;
     SELECT coalesce(sum(r.credits), 0) INTO credits_used FROM keyvault.usage_records r
      WHERE r.user_id = $1 AND r.created_at >= period_start AND r.created_at <= $2;
+    -- Of records that are gone there are the sums of days; a day counts once it is over.
+    SELECT credits_used + coalesce(sum(r.credits), 0) INTO credits_used FROM keyvault.usage_retired r
+     WHERE r.user_id = $1 AND r.day >= (period_start AT TIME ZONE 'UTC')::date AND r.day < ($2 AT TIME ZONE 'UTC')::date;
     SELECT coalesce(sum(g.amount - CASE WHEN g.expires_at <= $2 THEN g.expired ELSE 0 END), 0) INTO extra_credits
       FROM keyvault.credit_grants g WHERE g.user_id = $1 AND g.created_at <= $2;
     SELECT extra_credits - coalesce(sum(c.extra_spent), 0) INTO extra_credits
@@ -161,7 +167,7 @@ BEGIN
     RETURN NEXT;
 END $$;
 COMMENT ON FUNCTION keyvault.balance_at(text, timestamptz) IS
-    'A user''s plan, period and credits as of a time, from usage records by created_at, grants and closed periods; holds of that time are not kept. NULL monthly_credits and credits_remaining were unlimited. No row before the user''s first period. The acting user''s, every user''s for access analyst or admin.';
+    'A user''s plan, period and credits as of a time, from usage records by created_at, sums of retired days that were over, grants and closed periods; holds of that time are not kept. NULL monthly_credits and credits_remaining were unlimited. No row before the user''s first period. The acting user''s, every user''s for access analyst or admin.';
 
 CREATE FUNCTION keyvault.explain_balance(user_id text = NULL) RETURNS TABLE (item text, credits numeric, note text)
     LANGUAGE plpgsql STABLE

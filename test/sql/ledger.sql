@@ -55,3 +55,30 @@ SELECT keyvault.upsert_user('le_e', plan => 'le_postpaid') IS NOT NULL AS made, 
 INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('le_e', 400);
 SELECT * FROM pg_temp.sums WHERE user_id = 'le_e';
 SELECT * FROM keyvault.verify_ledger() WHERE user_id LIKE 'le\_%';
+
+-- History stays when its month is retired, and retiring a month again adds up.
+BEGIN;
+SELECT keyvault.upsert_user('le_h') IS NOT NULL AS made;
+UPDATE keyvault.credit_balances SET period_anchor = '2019-01-15', period_start = '2019-03-15', period_end = '2019-04-15' WHERE user_id = 'le_h';
+INSERT INTO keyvault.usage_records (user_id, created_at, credits, debit_tag) VALUES ('le_h', '2019-01-20', 100, 0), ('le_h', '2019-02-10', 7, 0), ('le_h', '2019-02-20', 30, 0);
+INSERT INTO keyvault.credit_periods (user_id, ended_by, plan, period_start, period_end, ended_at, monthly_credits, credits_covered, credits_used, extra_spent, overage) VALUES
+       ('le_h', 'period', 'free', '2019-01-15', '2019-02-15', '2019-02-15', 1000, 0, 107, 0, 0), ('le_h', 'period', 'free', '2019-02-15', '2019-03-15', '2019-03-15', 1000, 0, 30, 0, 0);
+CREATE VIEW pg_temp.was AS
+SELECT t, b.credits_used::float AS used, b.credits_remaining::float AS remaining
+  FROM unnest('{2019-01-16, 2019-02-09, 2019-02-14, 2019-02-21 12:00+00}'::timestamptz[]) t LEFT JOIN LATERAL keyvault.balance_at('le_h', t) b ON true ORDER BY 1;
+SELECT * FROM pg_temp.was;
+CREATE TEMP TABLE before AS SELECT * FROM pg_temp.was;
+SELECT keyvault._make_usage_partition('2019-01-01 00:00+00'), keyvault._make_usage_partition('2019-02-01 00:00+00');
+UPDATE keyvault.credit_balances SET period_start = now(), period_end = now() + interval '1 month', due_at = now() + interval '1 month' WHERE period_start < now() - interval '1 year';
+SELECT keyvault._retire_usage('2019-03-01 00:00+00'), keyvault._retire_usage('2019-03-01 00:00+00'), keyvault._retire_usage('2019-03-01 00:00+00');
+DROP TABLE keyvault.usage_records_2019_01;
+SELECT count(*) FROM keyvault.usage_records WHERE user_id = 'le_h';
+SELECT * FROM pg_temp.was EXCEPT SELECT * FROM before;
+SELECT * FROM keyvault.verify_ledger() WHERE user_id = 'le_h';
+INSERT INTO keyvault.usage_records (user_id, created_at, credits, debit_tag) VALUES ('le_h', '2019-01-21', 5, 0);
+SELECT keyvault._make_usage_partition('2019-01-01 00:00+00');
+SELECT keyvault._retire_usage('2019-03-01 00:00+00');
+SELECT partition, calls, credits FROM keyvault.usage_archived WHERE user_id = 'le_h' ORDER BY 1;
+SELECT used FROM pg_temp.was;
+SELECT what, expected::float, found::float FROM keyvault.verify_ledger() WHERE user_id = 'le_h';
+ROLLBACK;
