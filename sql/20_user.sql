@@ -153,6 +153,7 @@ DECLARE
     b keyvault.credit_balances;
     agreed numeric;
     used numeric;
+    overage numeric;
 BEGIN
     SELECT coalesce($3, p.monthly_credits) INTO agreed FROM keyvault.plans p WHERE p.plan = $2;
     IF NOT FOUND THEN
@@ -174,10 +175,12 @@ BEGIN
     b := keyvault._spend_extra(keyvault._lock_balance($1, false));
     IF b.monthly_credits IS DISTINCT FROM agreed + b.credits_covered OR u.plan <> $2 THEN
         used := b.credits_used - b.extra_spent;
-        PERFORM keyvault._close_stretch(b, u.plan, 'plan', now(),
-                                        CASE WHEN b.monthly_credits IS NULL OR agreed IS NULL THEN 0
-                                             ELSE greatest(least(used - b.monthly_credits, used - agreed), 0) END);
-        b.credits_covered := CASE WHEN agreed IS NULL THEN 0 ELSE greatest(used - agreed, 0) END;
+        overage := CASE WHEN b.monthly_credits IS NULL OR agreed IS NULL THEN 0
+                        ELSE greatest(least(used - b.monthly_credits, used - agreed), 0) END;
+        PERFORM keyvault._close_stretch(b, u.plan, 'plan', now(), overage);
+        b.credits_overage := b.credits_overage + overage;
+        -- What was reported is not used of the new plan too.
+        b.credits_covered := CASE WHEN agreed IS NULL THEN 0 ELSE greatest(used - agreed, b.credits_overage) END;
         b.monthly_credits := agreed + b.credits_covered;
     END IF;
     UPDATE keyvault.users SET plan = $2, monthly_credits = $3, updated_at = now() WHERE user_id = $1;

@@ -17,6 +17,7 @@ CREATE TABLE keyvault.credit_balances (
     credits_lent    numeric(18,6) NOT NULL DEFAULT 0,
     credits_covered numeric(18,6) NOT NULL DEFAULT 0,
     extra_spent     numeric(18,6) NOT NULL DEFAULT 0,
+    credits_overage numeric(18,6) NOT NULL DEFAULT 0,
     PRIMARY KEY (user_id, slot)
 ) WITH (fillfactor = 70);
 COMMENT ON TABLE keyvault.credit_balances IS
@@ -33,8 +34,10 @@ COMMENT ON COLUMN keyvault.credit_balances.notice_at IS
     'A debit that takes credits_used beyond it goes the slow way: the next threshold to note less one micro-credit; below 0 when every debit has to, of zero credits too, because the user has budgets; NULL: none.';
 COMMENT ON COLUMN keyvault.credit_balances.credits_lent IS
     'Room given to further slots; above 0 exactly while there are any, for an unlimited user too, for whom it has no other meaning.';
-COMMENT ON COLUMN keyvault.credit_balances.credits_covered IS 'The part of monthly_credits that an earlier, larger plan of the same period paid for.';
+COMMENT ON COLUMN keyvault.credit_balances.credits_covered IS 'The part of monthly_credits for use that is settled: an earlier, larger plan of the same period paid for it, or it is reported overage.';
 COMMENT ON COLUMN keyvault.credit_balances.extra_spent IS 'The part of extra_credits that was taken from grants in this period already.';
+COMMENT ON COLUMN keyvault.credit_balances.credits_overage IS
+    'Overage of this period that credit_periods has already: a grant or a change of plan came after it.';
 COMMENT ON COLUMN keyvault.credit_balances.period_anchor IS 'Period n begins at period_anchor + n months, in UTC.';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.credit_balances', '');
 
@@ -44,7 +47,7 @@ CREATE INDEX credit_balances_due ON keyvault.credit_balances (due_at) WHERE slot
 CREATE TABLE keyvault.credit_periods (
     user_id         text COLLATE "C" NOT NULL,
     id              uuid NOT NULL DEFAULT keyvault.uuidv7(),
-    ended_by        text NOT NULL CHECK (ended_by IN ('period', 'plan')),
+    ended_by        text NOT NULL CHECK (ended_by IN ('period', 'plan', 'grant')),
     plan            text COLLATE "C" NOT NULL,
     period_start    timestamptz NOT NULL,
     period_end      timestamptz NOT NULL,
@@ -57,13 +60,13 @@ CREATE TABLE keyvault.credit_periods (
     PRIMARY KEY (user_id, id)
 );
 COMMENT ON TABLE keyvault.credit_periods IS
-    'Append-only history: one row when a period in which credits were used ends, and one when a plan changes within a period.';
-COMMENT ON COLUMN keyvault.credit_periods.ended_by IS 'period: at period_end; plan: by set_plan within the period.';
+    'Append-only history: one row when a period in which credits were used ends, one when a plan changes within a period, and one when a grant comes after overage.';
+COMMENT ON COLUMN keyvault.credit_periods.ended_by IS 'period: at period_end; plan: by set_plan within the period; grant: by a grant, which does not pay for the overage before it.';
 COMMENT ON COLUMN keyvault.credit_periods.ended_at IS 'Until when the plan and monthly_credits of the row were in force.';
 COMMENT ON COLUMN keyvault.credit_periods.monthly_credits IS 'What could be used before grants were, credits_covered among it; NULL was unlimited.';
 COMMENT ON COLUMN keyvault.credit_periods.credits_used IS 'Credits debited from period_start to ended_at.';
 COMMENT ON COLUMN keyvault.credit_periods.extra_spent IS 'The part of credits_used that grants paid for.';
-COMMENT ON COLUMN keyvault.credit_periods.overage IS 'The part of credits_used beyond plan and grants, on a plan with overage report.';
+COMMENT ON COLUMN keyvault.credit_periods.overage IS 'The part of credits_used beyond plan and grants, on a plan with overage report, that no earlier row of the period has: a period''s overage is the sum of its rows.';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.credit_periods', '');
 
 CREATE TABLE keyvault.credit_notices (
@@ -298,7 +301,7 @@ BEGIN
        SET monthly_credits = balance.monthly_credits, extra_credits = balance.extra_credits, credits_used = balance.credits_used,
            credits_held = balance.credits_held, period_start = balance.period_start, period_end = balance.period_end,
            due_at = balance.due_at, notice_at = balance.notice_at, credits_covered = balance.credits_covered,
-           extra_spent = balance.extra_spent
+           extra_spent = balance.extra_spent, credits_overage = balance.credits_overage
      WHERE b.user_id = balance.user_id AND b.slot = 0;
     RETURN balance;
 END $$;
@@ -323,7 +326,7 @@ CREATE FUNCTION keyvault._overage(balance keyvault.credit_balances) RETURNS nume
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
     RETURN coalesce(greatest(balance.credits_used - balance.monthly_credits - balance.extra_spent, 0), 0);
 COMMENT ON FUNCTION keyvault._overage(keyvault.credit_balances) IS
-    'Credits used beyond plan and grants, of a balance whose grants have paid what they owe.';
+    'Credits used beyond plan and grants that credit_periods has not yet, of a balance whose grants have paid what they owe.';
 
 CREATE FUNCTION keyvault._catch_up(balance keyvault.credit_balances) RETURNS keyvault.credit_balances
     LANGUAGE plpgsql
@@ -346,6 +349,7 @@ BEGIN
         balance.extra_spent := 0;
         balance.credits_used := 0;
         balance.credits_covered := 0;
+        balance.credits_overage := 0;
         balance.monthly_credits := coalesce(u.monthly_credits, (SELECT p.monthly_credits FROM keyvault.plans p WHERE p.plan = u.plan));
         balance.period_start := keyvault._period_bound(balance.period_anchor, number);
         balance.period_end := keyvault._period_bound(balance.period_anchor, number + 1);
@@ -474,7 +478,7 @@ BEGIN
                n.credits_covered, n.credits_used, 0, coalesce(greatest(n.credits_used - n.monthly_credits, 0), 0)
           FROM begun n WHERE n.credits_used > 0)
     UPDATE keyvault.credit_balances b
-       SET credits_used = 0, credits_covered = 0, monthly_credits = n.renewed,
+       SET credits_used = 0, credits_covered = 0, credits_overage = 0, monthly_credits = n.renewed,
            period_start = keyvault._period_bound(n.period_anchor, n.number),
            period_end = keyvault._period_bound(n.period_anchor, n.number + 1),
            due_at = keyvault._period_bound(n.period_anchor, n.number + 1),

@@ -101,6 +101,7 @@ BEGIN
         balance.extra_spent := 0;
         balance.credits_used := 0;
         balance.credits_covered := 0;
+        balance.credits_overage := 0;
         balance.monthly_credits := (SELECT coalesce(u.monthly_credits, p.monthly_credits)
                                       FROM keyvault.users u JOIN keyvault.plans p ON p.plan = u.plan
                                      WHERE u.user_id = balance.user_id);
@@ -166,9 +167,19 @@ CREATE FUNCTION keyvault._add_grant(balance keyvault.credit_balances, id uuid, a
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
+DECLARE
+    overage numeric;
 BEGIN
-    -- What was used before it is not this grant's to pay.
+    -- What was used before it is not this grant's to pay: overage is reported, and settled with that.
     balance := keyvault._spend_extra(balance);
+    overage := keyvault._overage(balance);
+    IF overage > 0 THEN
+        PERFORM keyvault._close_stretch(balance, u.plan, 'grant', now(), overage)
+           FROM keyvault.users u WHERE u.user_id = balance.user_id;
+        balance.monthly_credits := balance.monthly_credits + overage;
+        balance.credits_covered := balance.credits_covered + overage;
+        balance.credits_overage := balance.credits_overage + overage;
+    END IF;
     INSERT INTO keyvault.credit_grants (user_id, id, amount, remaining, kind, reason, expires_at, usage_id, idempotency_key)
     VALUES (balance.user_id, $2, $3, $3, $4, $5, nullif($6, 'infinity'), $7, $8);
     balance.extra_credits := balance.extra_credits + round($3, 6);
@@ -183,7 +194,7 @@ CREATE FUNCTION keyvault.grant_credits(user_id text, amount numeric, reason text
     LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'keyvault_grant_credits';
 COMMENT ON FUNCTION keyvault.grant_credits(text, numeric, text, timestamptz, text) IS
-    'Gives a user credits beyond the plan, until expires_at or for good, and returns the grant''s id. The same idempotency_key returns the same grant. Errors: 42501 without the right to act for any user or access admin, 22004 and 22023 bad argument, 22023 for a key that was used for another grant.';
+    'Gives a user credits beyond the plan, until expires_at or for good, and returns the grant''s id. They can be used at once: they do not pay for overage that was reported before. The same idempotency_key returns the same grant. Errors: 42501 without the right to act for any user or access admin, 22004 and 22023 bad argument, 22023 for a key that was used for another grant.';
 
 CREATE FUNCTION keyvault.reset_due_credits(batch integer = 10000) RETURNS bigint
     LANGUAGE c VOLATILE PARALLEL UNSAFE

@@ -6,7 +6,7 @@ SELECT u.user_id, u.plan, (c.monthly_credits - c.credits_covered)::numeric(18,6)
        CASE WHEN c.monthly_credits IS NOT NULL
             THEN greatest(c.monthly_credits + c.extra_credits - c.credits_used - held.amount, 0) END AS credits_remaining,
        c.period_end AS credits_reset_at,
-       coalesce(greatest(c.credits_used - c.monthly_credits - c.extra_credits, 0), 0)::numeric(18,6) AS credits_overage
+       (coalesce(greatest(c.credits_used - c.monthly_credits - c.extra_credits, 0), 0) + c.credits_overage)::numeric(18,6) AS credits_overage
   FROM keyvault.users u
   JOIN keyvault.credit_balances b ON b.user_id = u.user_id AND b.slot = 0
  CROSS JOIN LATERAL keyvault._balance_now(b, CASE WHEN b.credits_lent > 0
@@ -16,4 +16,4 @@ SELECT u.user_id, u.plan, (c.monthly_credits - c.credits_covered)::numeric(18,6)
                        FROM keyvault.credit_holds h
                       WHERE h.user_id = b.user_id AND h.expires_at > now()) held;
 COMMENT ON VIEW keyvault.credit_status IS
-    'Plan and credits of the acting user, of every user for access analyst or admin. Right also when a period or a grant has ended and nothing was written yet. NULL monthly_credits and credits_remaining are unlimited; extra_credits are those of the period, spent ones among them; credits_overage is what was used beyond all of them, on a plan with overage report.';
+    'Plan and credits of the acting user, of every user for access analyst or admin. Right also when a period or a grant has ended and nothing was written yet. NULL monthly_credits and credits_remaining are unlimited; extra_credits are those of the period, spent ones among them; credits_overage is what was used in the period beyond all of them, on a plan with overage report; a later grant does not pay for it.';

@@ -194,8 +194,12 @@ BEGIN
     RETURN QUERY SELECT 'monthly credits'::text, s.monthly_credits,
         format('plan %s, until %s UTC%s', s.plan, to_char(s.credits_reset_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI'),
                CASE WHEN s.monthly_credits IS NULL THEN ', unlimited' ELSE '' END);
-    IF c.credits_covered > 0 THEN
-        RETURN QUERY SELECT 'covered by an earlier plan'::text, c.credits_covered, 'used before a smaller plan began in this period'::text;
+    IF c.credits_covered > c.credits_overage THEN
+        RETURN QUERY SELECT 'covered by an earlier plan'::text, c.credits_covered - c.credits_overage,
+            'used before a smaller plan began in this period'::text;
+    END IF;
+    IF c.credits_covered > 0 AND c.credits_overage > 0 THEN
+        RETURN QUERY SELECT 'reported overage'::text, least(c.credits_overage, c.credits_covered), 'not taken off what came later'::text;
     END IF;
     -- A period that ended and that nobody has closed yet takes its part of the grants first.
     IF b.period_end <= now() THEN
@@ -221,7 +225,7 @@ BEGIN
         FROM keyvault.credit_holds h WHERE h.user_id = whose AND h.expires_at > now() AND h.amount > 0 ORDER BY h.id;
     beyond := c.credits_used + s.credits_held - c.monthly_credits - c.extra_credits;
     IF beyond > 0 THEN
-        RETURN QUERY SELECT 'beyond the limit'::text, beyond, 'not taken off what comes later'::text;
+        RETURN QUERY SELECT 'beyond the limit'::text, beyond, ''::text;
     END IF;
     RETURN QUERY SELECT 'remaining'::text, s.credits_remaining,
         CASE WHEN s.credits_remaining IS NULL THEN 'unlimited' WHEN s.credits_overage > 0 THEN format('%s beyond the limit', trim_scale(s.credits_overage))

@@ -81,6 +81,7 @@ DECLARE
     b keyvault.credit_balances;
     agreed numeric;
     used numeric;
+    overage numeric;
 BEGIN
     SELECT coalesce($3, p.monthly_credits) INTO agreed FROM keyvault.plans p WHERE p.plan = $2;
     IF NOT FOUND THEN
@@ -102,10 +103,12 @@ BEGIN
     b := keyvault._spend_extra(keyvault._lock_balance($1, false));
     IF b.monthly_credits IS DISTINCT FROM agreed + b.credits_covered OR u.plan <> $2 THEN
         used := b.credits_used - b.extra_spent;
-        PERFORM keyvault._close_stretch(b, u.plan, 'plan', now(),
-                                        CASE WHEN b.monthly_credits IS NULL OR agreed IS NULL THEN 0
-                                             ELSE greatest(least(used - b.monthly_credits, used - agreed), 0) END);
-        b.credits_covered := CASE WHEN agreed IS NULL THEN 0 ELSE greatest(used - agreed, 0) END;
+        overage := CASE WHEN b.monthly_credits IS NULL OR agreed IS NULL THEN 0
+                        ELSE greatest(least(used - b.monthly_credits, used - agreed), 0) END;
+        PERFORM keyvault._close_stretch(b, u.plan, 'plan', now(), overage);
+        b.credits_overage := b.credits_overage + overage;
+        -- What was reported is not used of the new plan too.
+        b.credits_covered := CASE WHEN agreed IS NULL THEN 0 ELSE greatest(used - agreed, b.credits_overage) END;
         b.monthly_credits := agreed + b.credits_covered;
     END IF;
     UPDATE keyvault.users SET plan = $2, monthly_credits = $3, updated_at = now() WHERE user_id = $1;
@@ -209,6 +212,7 @@ ALTER TABLE keyvault.credit_balances ADD COLUMN notice_at numeric(18,6);
 ALTER TABLE keyvault.credit_balances ADD COLUMN credits_lent numeric(18,6);
 ALTER TABLE keyvault.credit_balances ADD COLUMN credits_covered numeric(18,6);
 ALTER TABLE keyvault.credit_balances ADD COLUMN extra_spent numeric(18,6);
+ALTER TABLE keyvault.credit_balances ADD COLUMN credits_overage numeric(18,6);
 
 COMMENT ON COLUMN keyvault.credit_balances.slot IS
     '0: the balance. Above 0: room that slot 0 lent to a busy user''s further slot, as that slot''s monthly_credits; a user''s credits_used is the sum over slots.';
@@ -224,13 +228,16 @@ COMMENT ON COLUMN keyvault.credit_balances.notice_at IS
 COMMENT ON COLUMN keyvault.credit_balances.credits_lent IS
     'Room given to further slots; above 0 exactly while there are any, for an unlimited user too, for whom it has no other meaning.';
 
-COMMENT ON COLUMN keyvault.credit_balances.credits_covered IS 'The part of monthly_credits that an earlier, larger plan of the same period paid for.';
+COMMENT ON COLUMN keyvault.credit_balances.credits_covered IS 'The part of monthly_credits for use that is settled: an earlier, larger plan of the same period paid for it, or it is reported overage.';
 
 COMMENT ON COLUMN keyvault.credit_balances.extra_spent IS 'The part of extra_credits that was taken from grants in this period already.';
 
+COMMENT ON COLUMN keyvault.credit_balances.credits_overage IS
+    'Overage of this period that credit_periods has already: a grant or a change of plan came after it.';
+
 -- A column is not added with its default while functions take the table's rows. Nothing expires yet but periods. The next threshold is the first that was not reached.
 UPDATE keyvault.credit_balances b
-   SET due_at = b.period_end, credits_lent = 0, credits_covered = 0, extra_spent = 0,
+   SET due_at = b.period_end, credits_lent = 0, credits_covered = 0, extra_spent = 0, credits_overage = 0,
        notice_at = (SELECT min(t.at) - 0.000001
                       FROM keyvault.users u JOIN keyvault.plans p ON p.plan = u.plan,
                            unnest(p.notice_percents) percent,
@@ -239,7 +246,8 @@ UPDATE keyvault.credit_balances b
 ALTER TABLE keyvault.credit_balances ALTER COLUMN due_at SET NOT NULL,
     ALTER COLUMN credits_lent SET NOT NULL, ALTER COLUMN credits_lent SET DEFAULT 0,
     ALTER COLUMN credits_covered SET NOT NULL, ALTER COLUMN credits_covered SET DEFAULT 0,
-    ALTER COLUMN extra_spent SET NOT NULL, ALTER COLUMN extra_spent SET DEFAULT 0;
+    ALTER COLUMN extra_spent SET NOT NULL, ALTER COLUMN extra_spent SET DEFAULT 0,
+    ALTER COLUMN credits_overage SET NOT NULL, ALTER COLUMN credits_overage SET DEFAULT 0;
 
 CREATE INDEX credit_balances_due ON keyvault.credit_balances (due_at) WHERE slot = 0;
 
@@ -247,7 +255,7 @@ CREATE INDEX credit_balances_due ON keyvault.credit_balances (due_at) WHERE slot
 CREATE TABLE keyvault.credit_periods (
     user_id         text COLLATE "C" NOT NULL,
     id              uuid NOT NULL DEFAULT keyvault.uuidv7(),
-    ended_by        text NOT NULL CHECK (ended_by IN ('period', 'plan')),
+    ended_by        text NOT NULL CHECK (ended_by IN ('period', 'plan', 'grant')),
     plan            text COLLATE "C" NOT NULL,
     period_start    timestamptz NOT NULL,
     period_end      timestamptz NOT NULL,
@@ -262,9 +270,9 @@ CREATE TABLE keyvault.credit_periods (
 REVOKE ALL ON keyvault.credit_periods FROM PUBLIC;
 
 COMMENT ON TABLE keyvault.credit_periods IS
-    'Append-only history: one row when a period in which credits were used ends, and one when a plan changes within a period.';
+    'Append-only history: one row when a period in which credits were used ends, one when a plan changes within a period, and one when a grant comes after overage.';
 
-COMMENT ON COLUMN keyvault.credit_periods.ended_by IS 'period: at period_end; plan: by set_plan within the period.';
+COMMENT ON COLUMN keyvault.credit_periods.ended_by IS 'period: at period_end; plan: by set_plan within the period; grant: by a grant, which does not pay for the overage before it.';
 
 COMMENT ON COLUMN keyvault.credit_periods.ended_at IS 'Until when the plan and monthly_credits of the row were in force.';
 
@@ -274,7 +282,7 @@ COMMENT ON COLUMN keyvault.credit_periods.credits_used IS 'Credits debited from 
 
 COMMENT ON COLUMN keyvault.credit_periods.extra_spent IS 'The part of credits_used that grants paid for.';
 
-COMMENT ON COLUMN keyvault.credit_periods.overage IS 'The part of credits_used beyond plan and grants, on a plan with overage report.';
+COMMENT ON COLUMN keyvault.credit_periods.overage IS 'The part of credits_used beyond plan and grants, on a plan with overage report, that no earlier row of the period has: a period''s overage is the sum of its rows.';
 
 SELECT pg_catalog.pg_extension_config_dump('keyvault.credit_periods', '');
 
@@ -522,7 +530,7 @@ BEGIN
        SET monthly_credits = balance.monthly_credits, extra_credits = balance.extra_credits, credits_used = balance.credits_used,
            credits_held = balance.credits_held, period_start = balance.period_start, period_end = balance.period_end,
            due_at = balance.due_at, notice_at = balance.notice_at, credits_covered = balance.credits_covered,
-           extra_spent = balance.extra_spent
+           extra_spent = balance.extra_spent, credits_overage = balance.credits_overage
      WHERE b.user_id = balance.user_id AND b.slot = 0;
     RETURN balance;
 END $$;
@@ -553,7 +561,7 @@ CREATE FUNCTION keyvault._overage(balance keyvault.credit_balances) RETURNS nume
 REVOKE ALL ON FUNCTION keyvault._overage(balance keyvault.credit_balances) FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault._overage(keyvault.credit_balances) IS
-    'Credits used beyond plan and grants, of a balance whose grants have paid what they owe.';
+    'Credits used beyond plan and grants that credit_periods has not yet, of a balance whose grants have paid what they owe.';
 
 CREATE FUNCTION keyvault._catch_up(balance keyvault.credit_balances) RETURNS keyvault.credit_balances
     LANGUAGE plpgsql
@@ -576,6 +584,7 @@ BEGIN
         balance.extra_spent := 0;
         balance.credits_used := 0;
         balance.credits_covered := 0;
+        balance.credits_overage := 0;
         balance.monthly_credits := coalesce(u.monthly_credits, (SELECT p.monthly_credits FROM keyvault.plans p WHERE p.plan = u.plan));
         balance.period_start := keyvault._period_bound(balance.period_anchor, number);
         balance.period_end := keyvault._period_bound(balance.period_anchor, number + 1);
@@ -696,7 +705,7 @@ BEGIN
                n.credits_covered, n.credits_used, 0, coalesce(greatest(n.credits_used - n.monthly_credits, 0), 0)
           FROM begun n WHERE n.credits_used > 0)
     UPDATE keyvault.credit_balances b
-       SET credits_used = 0, credits_covered = 0, monthly_credits = n.renewed,
+       SET credits_used = 0, credits_covered = 0, credits_overage = 0, monthly_credits = n.renewed,
            period_start = keyvault._period_bound(n.period_anchor, n.number),
            period_end = keyvault._period_bound(n.period_anchor, n.number + 1),
            due_at = keyvault._period_bound(n.period_anchor, n.number + 1),
@@ -836,6 +845,7 @@ BEGIN
         balance.extra_spent := 0;
         balance.credits_used := 0;
         balance.credits_covered := 0;
+        balance.credits_overage := 0;
         balance.monthly_credits := (SELECT coalesce(u.monthly_credits, p.monthly_credits)
                                       FROM keyvault.users u JOIN keyvault.plans p ON p.plan = u.plan
                                      WHERE u.user_id = balance.user_id);
@@ -907,9 +917,19 @@ CREATE FUNCTION keyvault._add_grant(balance keyvault.credit_balances, id uuid, a
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
+DECLARE
+    overage numeric;
 BEGIN
-    -- What was used before it is not this grant's to pay.
+    -- What was used before it is not this grant's to pay: overage is reported, and settled with that.
     balance := keyvault._spend_extra(balance);
+    overage := keyvault._overage(balance);
+    IF overage > 0 THEN
+        PERFORM keyvault._close_stretch(balance, u.plan, 'grant', now(), overage)
+           FROM keyvault.users u WHERE u.user_id = balance.user_id;
+        balance.monthly_credits := balance.monthly_credits + overage;
+        balance.credits_covered := balance.credits_covered + overage;
+        balance.credits_overage := balance.credits_overage + overage;
+    END IF;
     INSERT INTO keyvault.credit_grants (user_id, id, amount, remaining, kind, reason, expires_at, usage_id, idempotency_key)
     VALUES (balance.user_id, $2, $3, $3, $4, $5, nullif($6, 'infinity'), $7, $8);
     balance.extra_credits := balance.extra_credits + round($3, 6);
@@ -928,7 +948,7 @@ CREATE FUNCTION keyvault.grant_credits(user_id text, amount numeric, reason text
 REVOKE ALL ON FUNCTION keyvault.grant_credits(user_id text, amount numeric, reason text, expires_at timestamptz, idempotency_key text) FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault.grant_credits(text, numeric, text, timestamptz, text) IS
-    'Gives a user credits beyond the plan, until expires_at or for good, and returns the grant''s id. The same idempotency_key returns the same grant. Errors: 42501 without the right to act for any user or access admin, 22004 and 22023 bad argument, 22023 for a key that was used for another grant.';
+    'Gives a user credits beyond the plan, until expires_at or for good, and returns the grant''s id. They can be used at once: they do not pay for overage that was reported before. The same idempotency_key returns the same grant. Errors: 42501 without the right to act for any user or access admin, 22004 and 22023 bad argument, 22023 for a key that was used for another grant.';
 
 CREATE FUNCTION keyvault.reset_due_credits(batch integer = 10000) RETURNS bigint
     LANGUAGE c VOLATILE PARALLEL UNSAFE
@@ -3045,7 +3065,7 @@ SELECT u.user_id, u.plan, (c.monthly_credits - c.credits_covered)::numeric(18,6)
        CASE WHEN c.monthly_credits IS NOT NULL
             THEN greatest(c.monthly_credits + c.extra_credits - c.credits_used - held.amount, 0) END AS credits_remaining,
        c.period_end AS credits_reset_at,
-       coalesce(greatest(c.credits_used - c.monthly_credits - c.extra_credits, 0), 0)::numeric(18,6) AS credits_overage
+       (coalesce(greatest(c.credits_used - c.monthly_credits - c.extra_credits, 0), 0) + c.credits_overage)::numeric(18,6) AS credits_overage
   FROM keyvault.users u
   JOIN keyvault.credit_balances b ON b.user_id = u.user_id AND b.slot = 0
  CROSS JOIN LATERAL keyvault._balance_now(b, CASE WHEN b.credits_lent > 0
@@ -3056,7 +3076,7 @@ SELECT u.user_id, u.plan, (c.monthly_credits - c.credits_covered)::numeric(18,6)
                       WHERE h.user_id = b.user_id AND h.expires_at > now()) held;
 
 COMMENT ON VIEW keyvault.credit_status IS
-    'Plan and credits of the acting user, of every user for access analyst or admin. Right also when a period or a grant has ended and nothing was written yet. NULL monthly_credits and credits_remaining are unlimited; extra_credits are those of the period, spent ones among them; credits_overage is what was used beyond all of them, on a plan with overage report.';
+    'Plan and credits of the acting user, of every user for access analyst or admin. Right also when a period or a grant has ended and nothing was written yet. NULL monthly_credits and credits_remaining are unlimited; extra_credits are those of the period, spent ones among them; credits_overage is what was used in the period beyond all of them, on a plan with overage report; a later grant does not pay for it.';
 
 -- Usage for people: by day, model, month and payer, what it earns, and what is out of the ordinary. Each view is exact
 -- at any time: it reads what is added up already and the records that are not.
@@ -3547,8 +3567,12 @@ BEGIN
     RETURN QUERY SELECT 'monthly credits'::text, s.monthly_credits,
         format('plan %s, until %s UTC%s', s.plan, to_char(s.credits_reset_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI'),
                CASE WHEN s.monthly_credits IS NULL THEN ', unlimited' ELSE '' END);
-    IF c.credits_covered > 0 THEN
-        RETURN QUERY SELECT 'covered by an earlier plan'::text, c.credits_covered, 'used before a smaller plan began in this period'::text;
+    IF c.credits_covered > c.credits_overage THEN
+        RETURN QUERY SELECT 'covered by an earlier plan'::text, c.credits_covered - c.credits_overage,
+            'used before a smaller plan began in this period'::text;
+    END IF;
+    IF c.credits_covered > 0 AND c.credits_overage > 0 THEN
+        RETURN QUERY SELECT 'reported overage'::text, least(c.credits_overage, c.credits_covered), 'not taken off what came later'::text;
     END IF;
     -- A period that ended and that nobody has closed yet takes its part of the grants first.
     IF b.period_end <= now() THEN
@@ -3574,7 +3598,7 @@ BEGIN
         FROM keyvault.credit_holds h WHERE h.user_id = whose AND h.expires_at > now() AND h.amount > 0 ORDER BY h.id;
     beyond := c.credits_used + s.credits_held - c.monthly_credits - c.extra_credits;
     IF beyond > 0 THEN
-        RETURN QUERY SELECT 'beyond the limit'::text, beyond, 'not taken off what comes later'::text;
+        RETURN QUERY SELECT 'beyond the limit'::text, beyond, ''::text;
     END IF;
     RETURN QUERY SELECT 'remaining'::text, s.credits_remaining,
         CASE WHEN s.credits_remaining IS NULL THEN 'unlimited' WHEN s.credits_overage > 0 THEN format('%s beyond the limit', trim_scale(s.credits_overage))

@@ -54,6 +54,29 @@ INSERT INTO keyvault.plans (plan, monthly_credits, overage) VALUES ('le_postpaid
 SELECT keyvault.upsert_user('le_e', plan => 'le_postpaid') IS NOT NULL AS made, keyvault.grant_credits('le_e', 10, 'bought') IS NOT NULL AS granted;
 INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('le_e', 400);
 SELECT * FROM pg_temp.sums WHERE user_id = 'le_e';
+-- Credits that come after reported overage can be used at once, and the overage stays reported, once.
+SELECT keyvault.grant_credits('le_e', 50, 'top-up') IS NOT NULL AS granted;
+SELECT credits_remaining::float AS remaining, credits_overage::float AS overage, monthly_credits::float AS monthly FROM keyvault.credit_status WHERE user_id = 'le_e';
+SELECT * FROM pg_temp.sums WHERE user_id = 'le_e';
+SELECT b.credits_used::float AS used, b.credits_remaining::float AS remaining FROM keyvault.balance_at('le_e', now()) b;
+INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('le_e', 30);
+SELECT credits_remaining::float AS remaining, credits_overage::float AS overage FROM keyvault.credit_status WHERE user_id = 'le_e';
+INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('le_e', 27);
+SELECT credits_remaining::float AS remaining, credits_overage::float AS overage FROM keyvault.credit_status WHERE user_id = 'le_e';
+SELECT * FROM pg_temp.sums WHERE user_id = 'le_e';
+-- a larger plan does not count it as used of its own
+BEGIN;
+SELECT keyvault.set_plan('le_e', 'free');
+SELECT credits_remaining::float AS remaining, credits_overage::float AS overage FROM keyvault.credit_status WHERE user_id = 'le_e';
+SELECT * FROM pg_temp.sums WHERE user_id = 'le_e';
+SELECT * FROM keyvault.verify_ledger() WHERE user_id LIKE 'le\_%';
+ROLLBACK;
+-- and the period's rows add up to all of it
+SELECT pg_temp.month_passes('le_e');
+SELECT credits_remaining::float AS remaining, credits_overage::float AS overage FROM keyvault.credit_status WHERE user_id = 'le_e';
+SELECT keyvault.reset_due_credits() >= 1 AS reset;
+SELECT credits_remaining::float AS remaining, credits_overage::float AS overage FROM keyvault.credit_status WHERE user_id = 'le_e';
+SELECT ended_by, credits_used::float AS used, extra_spent::float AS extra, overage::float FROM keyvault.credit_periods WHERE user_id = 'le_e' ORDER BY id;
 SELECT * FROM keyvault.verify_ledger() WHERE user_id LIKE 'le\_%';
 
 -- History stays when its month is retired, and retiring a month again adds up.
