@@ -19,7 +19,7 @@ PROVE_FLAGS += -I test/perl
 EXTRA_CLEAN = results output_iso regression.diffs regression.out tmp_check src/*.gcno src/*.gcda src/*/*.gcno src/*/*.gcda
 
 PG_CPPFLAGS = -I$(srcdir)/src -DKV_VERSION='"$(EXTVERSION)"'
-SHLIB_LINK = -lcurl -lcrypto
+SHLIB_LINK = -lcurl -lssl -lcrypto
 
 PG_CONFIG ?= pg_config
 PGXS := $(shell $(PG_CONFIG) --pgxs)

@@ -11,10 +11,12 @@
 
 #include "base/https.h"
 
+#include <malloc.h>
 #include <signal.h>
 #include <unistd.h>
 
 #include <curl/curl.h>
+#include <openssl/ssl.h>
 
 #include "base/error.h"
 #include "base/secret.h"
@@ -35,6 +37,53 @@ typedef struct Call
 	bool		too_large;
 	char		error[CURL_ERROR_SIZE];
 } Call;
+
+static void
+wipe_and_free(void *memory)
+{
+	if (memory)
+		kv_secret_wipe(memory, malloc_usable_size(memory));
+	free(memory);
+}
+
+static void *
+reallocate(void *memory, size_t length)
+{
+	void	   *other = malloc(length);
+
+	if (other && memory)
+	{
+		memcpy(other, memory, Min(length, malloc_usable_size(memory)));
+		wipe_and_free(memory);
+	}
+	return other;
+}
+
+/*
+ * Make libcurl ready, once per process: what it frees is wiped, for it has tokens, keys and
+ * answers in its buffers. It is libc's memory all the same: others in this process, who may
+ * use libcurl too, can free it. False when there is none.
+ */
+bool
+kv_https_initialize(void)
+{
+	static bool initialized = false;
+
+	if (initialized)
+		return true;
+	/* The environment must not have TLS secrets recorded. */
+	unsetenv("SSLKEYLOGFILE");
+	initialized = curl_global_init_mem(CURL_GLOBAL_DEFAULT, malloc, wipe_and_free, reallocate, strdup, calloc) == CURLE_OK;
+	return initialized;
+}
+
+/* OpenSSL keeps what it has decrypted until there is more, and past the end of the connection, unless it is told not to. */
+static CURLcode
+cleanse_plaintext(CURL *easy, void *context, void *arg)
+{
+	SSL_CTX_set_options(context, SSL_OP_CLEANSE_PLAINTEXT);
+	return CURLE_OK;
+}
 
 static size_t
 take_body(char *bytes, size_t size, size_t count, void *arg)
@@ -121,6 +170,8 @@ prepare(Call *call, const KvHttpsRequest *request, bool plain)
 		curl_easy_setopt(call->easy, CURLOPT_CAINFO, request->ca_file);
 		curl_easy_setopt(call->easy, CURLOPT_CAPATH, NULL);
 	}
+	if (strncmp(curl_version_info(CURLVERSION_NOW)->ssl_version, "OpenSSL/", 8) == 0)
+		curl_easy_setopt(call->easy, CURLOPT_SSL_CTX_FUNCTION, cleanse_plaintext);
 	if (request->body)
 	{
 		curl_easy_setopt(call->easy, CURLOPT_POSTFIELDSIZE_LARGE, (curl_off_t) strlen(request->body));
@@ -173,21 +224,6 @@ drive(Call *call)
 	return code;
 }
 
-static void
-initialize(void)
-{
-	static bool initialized = false;	/* once per process */
-
-	if (initialized)
-		return;
-	/* The environment must not have TLS secrets recorded. */
-	unsetenv("SSLKEYLOGFILE");
-	if (curl_global_init(CURL_GLOBAL_DEFAULT) != CURLE_OK)
-		ereport(ERROR,
-				(errcode(ERRCODE_OUT_OF_MEMORY), errmsg("could not initialize libcurl")));
-	initialized = true;
-}
-
 /*
  * Make a call and wait for its answer; false, with response->error, when there is none. An
  * HTTP status that is an error is an answer. Errors: only those of interrupts and memory.
@@ -200,7 +236,9 @@ kv_https_call(const KvHttpsRequest *request, KvHttpsResponse *response)
 	bool		plain;
 
 	memset(response, 0, sizeof(*response));
-	initialize();
+	if (!kv_https_initialize())
+		ereport(ERROR,
+				(errcode(ERRCODE_OUT_OF_MEMORY), errmsg("could not initialize libcurl")));
 	if (!check_url(request->url, &plain, response->error, sizeof(response->error)))
 		return false;
 	call.body = kv_secret_alloc(request->size_max + 1);

@@ -26,6 +26,7 @@ typedef struct KvHttpsResponse
 	char		error[256];		/* why there was none; empty when there was */
 } KvHttpsResponse;
 
+extern bool kv_https_initialize(void);
 extern bool kv_https_host_is_loopback(const char *host);
 extern bool kv_https_call(const KvHttpsRequest *request, KvHttpsResponse *response);
 

@@ -41,6 +41,20 @@
 /* From 16 on an input function can report bad input without throwing. */
 #define KV_HAS_SOFT_ERRORS (PG_VERSION_NUM >= 160000)
 
+/* From 16 on what a JSON parser calls can stop it; 17 can fill in a context of the caller's. */
+#if PG_VERSION_NUM >= 160000
+#define KvJsonActionResult JsonParseErrorType
+#define KV_JSON_ACTION_DONE JSON_SUCCESS
+#else
+#define KvJsonActionResult void
+#define KV_JSON_ACTION_DONE
+#endif
+#if PG_VERSION_NUM >= 170000
+#define KvMakeJsonLexContext(text, length, encoding) makeJsonLexContextCstringLen(NULL, text, length, encoding, true)
+#else
+#define KvMakeJsonLexContext(text, length, encoding) makeJsonLexContextCstringLen((char *) (text), length, encoding, true)
+#endif
+
 /* 18 makes UUIDs of version 7 itself. */
 #define KV_HAS_UUIDV7 (PG_VERSION_NUM >= 180000)
 

@@ -11,9 +11,9 @@
 #include "base/vault_server.h"
 
 #include "base/https.h"
-#include "base/json_field.h"
 #include "base/secret.h"
 #include "base/secret_file.h"
+#include "base/secret_json.h"
 #include "base/settings.h"
 
 #define TOKEN_MAX		4096
@@ -100,16 +100,15 @@ kv_vault_server_prepare(const char *path, KvVaultServerRequest *prepared, const 
 }
 
 /*
- * Call /v1/path: POST with a body, GET without one. Returns the answer; NULL, with a reason as
- * above, when there is none to be used. Errors: only those of interrupts.
+ * Call /v1/path: POST with a body, GET without one. Returns the answer's text, in secret memory;
+ * NULL, with a reason as above, when there is none to be used. Errors: only those of interrupts.
  */
-Jsonb *
+char *
 kv_vault_server_call(const char *path, const char *body, const char **reason)
 {
 	KvHttpsRequest request = {.body = body,.ca_file = kv_vault_ca_file,.timeout_ms = kv_master_key_timeout,.size_max = ANSWER_MAX};
 	KvVaultServerRequest prepared;
 	KvHttpsResponse response;
-	Jsonb	   *answer;
 
 	if (!kv_vault_server_prepare(path, &prepared, reason))
 		return NULL;
@@ -119,10 +118,10 @@ kv_vault_server_call(const char *path, const char *body, const char **reason)
 		*reason = psprintf("could not be reached: %s", response.error);
 	else if (response.status != 200)
 		*reason = kv_vault_server_reason(response.status);
-	else if ((answer = kv_json_parse(response.body, response.length)) == NULL)
+	else if (strlen(response.body) != response.length)
 		*reason = "gave an answer that is not JSON";
 	else
-		return answer;
+		return response.body;
 	return NULL;
 }
 
@@ -133,15 +132,14 @@ kv_vault_server_call(const char *path, const char *body, const char **reason)
 int
 kv_vault_server_renew_token(const char **reason)
 {
-	Jsonb	   *answer = kv_vault_server_call("auth/token/renew-self", "{}", reason);
-	int64		seconds;
+	char	   *answer = kv_vault_server_call("auth/token/renew-self", "{}", reason);
+	KvSecretJsonValue duration;
 
 	if (answer == NULL)
 		return -1;
-	if (!kv_json_count(answer, "auth.lease_duration", &seconds))
-	{
+	if (!kv_secret_json_find(answer, strlen(answer), "auth.lease_duration", &duration))
+		*reason = "gave an answer that is not JSON";
+	else if (duration.count < 0)
 		*reason = "gave an answer without auth.lease_duration";
-		return -1;
-	}
-	return (int) seconds;
+	return (int) duration.count;
 }

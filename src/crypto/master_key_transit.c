@@ -6,9 +6,9 @@
  */
 #include "postgres.h"
 
-#include "base/json_field.h"
 #include "base/secret.h"
 #include "base/secret_file.h"
+#include "base/secret_json.h"
 #include "base/settings.h"
 #include "base/vault_server.h"
 #include "common/base64.h"
@@ -98,26 +98,27 @@ append_key(char *text, const char *base64, int length)
 
 /* The text of the keys in Vault's answer; NULL with a reason. */
 static char *
-read_answer(Jsonb *answer, int expected, const char **reason)
+read_answer(const char *answer, int expected, const char **reason)
 {
 	char	   *text = kv_secret_alloc(KV_MASTER_KEY_TEXT_MAX);
-	Size		size = VARSIZE(answer);
-	int			n;
 
 	text[0] = '\0';
-	for (n = 0; n < expected; n++)
+	for (int i = 0; i < expected; i++)
 	{
-		char	   *plaintext = kv_json_string(answer, psprintf("data.batch_results.%d.plaintext", n));
+		KvSecretJsonValue plaintext;
 
-		if (plaintext == NULL || !append_key(text, plaintext, (int) strlen(plaintext)))
-			break;
-		kv_secret_wipe(plaintext, strlen(plaintext));
+		if (!kv_secret_json_find(answer, strlen(answer), psprintf("data.batch_results.%d.plaintext", i), &plaintext))
+		{
+			*reason = "gave no master key: the Vault server gave an answer that is not JSON";
+			return NULL;
+		}
+		if (plaintext.string == NULL || !append_key(text, plaintext.string, (int) strlen(plaintext.string)))
+		{
+			*reason = psprintf("did not decrypt line %d of file \"%s\" to a key of 32 bytes", i + 1, kv_master_key_file);
+			return NULL;
+		}
 	}
-	kv_secret_wipe(answer, size);
-	if (n == expected)
-		return text;
-	*reason = psprintf("did not decrypt line %d of file \"%s\" to a key of 32 bytes", n + 1, kv_master_key_file);
-	return NULL;
+	return text;
 }
 
 static char *
@@ -126,7 +127,7 @@ fetch(const char **reason, const char **hint)
 	char	   *path = decrypt_path();
 	char	   *file;
 	char	   *body;
-	Jsonb	   *answer;
+	char	   *answer;
 	int			n;
 
 	*hint = "See \"Master key\" in doc/keyvault.md. Wrap a new key with: vault write -f -field=ciphertext transit/datakey/wrapped/NAME";

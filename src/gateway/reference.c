@@ -11,8 +11,8 @@
 
 #include "gateway/reference.h"
 
-#include "base/json_field.h"
 #include "base/secret.h"
+#include "base/secret_json.h"
 #include "base/settings.h"
 #include "base/vault_server.h"
 #include "utils/hsearch.h"
@@ -146,10 +146,8 @@ kv_reference_take(const char *reference, const KvTransferResult *result, bool *m
 {
 	char	   *path;
 	char	   *field;
-	char	   *key;
-	char	   *copy;
-	int64		lease = 0;
-	Jsonb	   *answer;
+	KvSecretJsonValue key;
+	KvSecretJsonValue lease;
 
 	*may_pass = result->error[0] || result->status_code == 429 || result->status_code >= 500;
 	if (result->error[0])
@@ -158,21 +156,17 @@ kv_reference_take(const char *reference, const KvTransferResult *result, bool *m
 		*reason = kv_vault_server_reason(result->status_code);
 	if (result->error[0] || result->status_code != 200)
 		return NULL;
-	answer = result->body ? kv_json_parse(result->body, result->length) : NULL;
 	*reason = "gave an answer that is not JSON";
-	if (answer == NULL || !kv_key_reference_parse(reference, &path, &field))
+	if (result->body == NULL || !kv_key_reference_parse(reference, &path, &field) ||
+		!kv_secret_json_find(result->body, result->length, psprintf("data.data.%s", field), &key) ||
+		!kv_secret_json_find(result->body, result->length, "lease_duration", &lease))
 		return NULL;
-	key = kv_json_string(answer, psprintf("data.data.%s", field));
 	*reason = psprintf("has no text in the field \"%s\" of that secret", field);
-	if (key == NULL)
+	if (key.string == NULL)
 		return NULL;
-	(void) kv_json_count(answer, "lease_duration", &lease);
-	copy = secret_copy(key);
-	kv_secret_wipe(key, strlen(key));
-	kv_secret_wipe(answer, VARSIZE(answer));
 	*reason = "has something there that cannot be a key: not 8 to 512 printable ASCII characters";
-	if (!kv_key_shape_is_sendable(copy))
+	if (!kv_key_shape_is_sendable(key.string))
 		return NULL;
-	keep(reference, copy, lease);
-	return copy;
+	keep(reference, key.string, lease.count);
+	return key.string;
 }

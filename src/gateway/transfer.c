@@ -141,9 +141,7 @@ kv_transfer_pool_create(void)
 {
 	KvTransferPool *pool = palloc0(sizeof(KvTransferPool));
 
-	/* The environment must neither redirect calls nor record their TLS secrets. */
-	unsetenv("SSLKEYLOGFILE");
-	if (curl_global_init(CURL_GLOBAL_DEFAULT) != CURLE_OK ||
+	if (!kv_https_initialize() ||
 		(pool->multi = curl_multi_init()) == NULL)
 		ereport(ERROR,
 				(errcode(ERRCODE_OUT_OF_MEMORY), errmsg("could not initialize libcurl")));

@@ -1,10 +1,11 @@
 // A stand-in for HashiCorp Vault or OpenBao: the parts of the Transit, token and key/value (version 2) APIs that keyvault calls.
-//   node vault.mjs --port 0 --port-file FILE --token TOKEN [--namespace NAME] [--lease SECONDS] [--cert FILE --key FILE]
+//   node vault.mjs --port 0 --port-file FILE --token TOKEN [--namespace NAME] [--lease SECONDS] [--cert FILE --key FILE] [--seed TEXT]
+// With a seed, Transit keys are the same in each run that has it.
 // POST /__mode?mode=NAME makes it misbehave: ok, sealed, slow, malformed, empty, short, huge, redirect, error.
 // POST /__token?token=NAME makes another token the good one. GET /__stats counts calls by path.
 import { createServer as createPlain } from 'node:http';
 import { createServer as createSecure } from 'node:https';
-import { createCipheriv, createDecipheriv, randomBytes } from 'node:crypto';
+import { createCipheriv, createDecipheriv, createHash, randomBytes } from 'node:crypto';
 import { readFileSync, renameSync, writeFileSync } from 'node:fs';
 import { parseArgs } from 'node:util';
 
@@ -17,6 +18,7 @@ const { values: option } = parseArgs({
     lease: { type: 'string', default: '3600' },
     cert: { type: 'string' },
     key: { type: 'string' },
+    seed: { type: 'string' },
   },
 });
 
@@ -26,7 +28,7 @@ let counts = {};
 const transitKeys = new Map();
 
 const transitKey = (name) => {
-  if (!transitKeys.has(name)) transitKeys.set(name, randomBytes(32));
+  if (!transitKeys.has(name)) transitKeys.set(name, option.seed ? createHash('sha256').update(option.seed + name).digest() : randomBytes(32));
   return transitKeys.get(name);
 };
 
