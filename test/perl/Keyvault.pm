@@ -15,7 +15,8 @@ use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 
 our @EXPORT = qw(new_master_key new_node set_config start_mock start_vault write_secret use_mock mock_get mock_open mock_received
-	wait_until state_of shared_memory chat queue_request request_status ends_as worker_pid balances_are_sums run_pgbench);
+	wait_until state_of shared_memory chat queue_request request_status ends_as worker_pid balances_are_sums run_pgbench checkpointer
+	crash_while deadlock_between);
 
 my @mocks;
 
@@ -252,6 +253,55 @@ sub run_pgbench
 	my ($out, $err) = ('', '');
 	IPC::Run::run([ 'pgbench', '-n', @$options, @files, $node->connstr('postgres') ], '>', \$out, '2>', \$err);
 	return ($? >> 8, $out, $err);
+}
+
+# The process id of the checkpointer, '' while the server recovers.
+sub checkpointer
+{
+	my ($node) = @_;
+	my ($out, $err) = ('', '');
+	$node->psql('postgres', "SELECT pid FROM pg_stat_activity WHERE backend_type = 'checkpointer'", stdout => \$out, stderr => \$err);
+	return $out;
+}
+
+# Kill a backend, with settings of its session, while it runs a SELECT, so that the postmaster reports what that was; returns
+# what its client is told, when the server is back.
+sub crash_while
+{
+	my ($node, $signal, $options, $sql) = @_;
+	local $ENV{PGOPTIONS} = join ' ', map { "-c $_" } @$options;
+	my ($out, $err) = ('', '');
+	my $psql = IPC::Run::start([ 'psql', '-XAtq', '-c', "$sql, pg_sleep(60)", '-d', $node->connstr('postgres') ], '<', \'', '>', \$out, '2>', \$err);
+	my $pid = '';
+	wait_until(sub { $pid = $node->safe_psql('postgres', "SELECT pid FROM pg_stat_activity WHERE wait_event = 'PgSleep'") })
+		or die 'the statement does not run';
+	my $before = checkpointer($node);
+	kill $signal, $pid;
+	$psql->finish;
+	wait_until(sub { checkpointer($node) !~ /^(|$before)$/ }) or die 'the server does not come back';
+	return $err;
+}
+
+# Two sessions run a SELECT each and wait for each other: the second one notices, and logs both statements. The format is of
+# an expression that takes a lock by its number. Returns what the second one is told.
+sub deadlock_between
+{
+	my ($node, $options, $lock, @sql) = @_;
+	my @session;
+	foreach my $timeout ('60s', '10ms')
+	{
+		local $ENV{PGOPTIONS} = join ' ', map { "-c $_" } @$options, "deadlock_timeout=$timeout";
+		push @session, $node->background_psql('postgres', on_error_stop => 0);
+	}
+	$session[$_]->query_safe('BEGIN; SELECT ' . sprintf $lock, $_ + 1) foreach 0, 1;
+	$session[0]->query_until(qr/waiting/, sprintf "\\echo waiting\n%s, $lock;\n", $sql[0], 2);
+	wait_until(sub { $node->safe_psql('postgres', 'SELECT count(*) FROM pg_locks WHERE NOT granted') ne '0' }) or die 'no wait';
+	$session[1]->query(sprintf "%s, $lock", $sql[1], 1);
+	my $error = $session[1]->{stderr};
+	$session[1]->quit;
+	$session[0]->query('COMMIT');
+	$session[0]->quit;
+	return $error;
 }
 
 END

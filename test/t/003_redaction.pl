@@ -109,50 +109,16 @@ sub copy
 	return $err;
 }
 
-sub checkpointer
-{
-	my ($out, $err) = ('', '');
-	$node->psql('postgres', "SELECT pid FROM pg_stat_activity WHERE backend_type = 'checkpointer'", stdout => \$out, stderr => \$err);
-	return $out;
-}
-
-# A backend dies while it runs a statement: the postmaster reports what that was.
 sub crash
 {
 	my ($signal) = @_;
-	local $ENV{PGOPTIONS} = join ' ', map { "-c $_" } @silent;
-	my ($out, $err) = ('', '');
-	my $psql = IPC::Run::start([ 'psql', '-XAtq', '-c', with_keys('SELECT <store>, pg_sleep(60)'), '-d', $node->connstr('postgres') ],
-		'<', \'', '>', \$out, '2>', \$err);
-	my $pid = '';
-	wait_until(sub { $pid = $node->safe_psql('postgres', "SELECT pid FROM pg_stat_activity WHERE wait_event = 'PgSleep'") })
-		or die 'the statement does not run';
-	my $before = checkpointer();
-	kill $signal, $pid;
-	$psql->finish;
-	wait_until(sub { checkpointer() !~ /^(|$before)$/ }) or die 'the server does not come back';
-	return $err;
+	return crash_while($node, $signal, \@silent, with_keys('SELECT <store>'));
 }
 
-# Two sessions wait for each other; the second one notices, and logs both statements.
 sub deadlock
 {
-	my @session;
-	foreach my $timeout ('60s', '10ms')
-	{
-		local $ENV{PGOPTIONS} = join ' ', map { "-c $_" } @silent, "deadlock_timeout=$timeout";
-		push @session, $node->background_psql('postgres', on_error_stop => 0);
-	}
-	$session[$_]->query_safe('BEGIN; SELECT bump(' . ($_ + 1) . ')') foreach 0, 1;
-	my $sql = q~SELECT keyvault.store_api_key('exa', '<key>', user_id => 'deadlock%d'), bump(%d)~;
-	$session[0]->query_until(qr/waiting/, "\\echo waiting\n" . with_keys(sprintf($sql, 1, 2)) . ";\n");
-	wait_until(sub { $node->safe_psql('postgres', 'SELECT count(*) FROM pg_locks WHERE NOT granted') ne '0' }) or die 'no wait';
-	$session[1]->query(with_keys(sprintf($sql, 2, 1)));
-	my $error = $session[1]->{stderr};
-	$session[1]->quit;
-	$session[0]->query('COMMIT');
-	$session[0]->quit;
-	return $error;
+	my $store = q~SELECT keyvault.store_api_key('exa', '<key>', user_id => 'deadlock%d')~;
+	return deadlock_between($node, \@silent, 'bump(%d)', map { with_keys(sprintf $store, $_) } 1, 2);
 }
 
 # Store a key with nothing logged, then run a statement on it.
@@ -327,7 +293,7 @@ sub take_roads
 	{
 		($road, my ($steps, %option)) = @$_;
 		my $end = eval { ref $steps eq 'CODE' ? $steps->() : run_sql($option{options} // [], @$steps) } // "died: $@";
-		wait_until(sub { checkpointer() ne '' }) or BAIL_OUT('the server does not come back') if $end =~ /connection|Verbindung/;
+		wait_until(sub { checkpointer($node) ne '' }) or BAIL_OUT('the server does not come back') if $end =~ /connection|Verbindung/;
 		# Redaction withholds from the client, too, what the server's own functions say.
 		my $error = $option{error} // qr/^$/;
 		like($end, $title eq 'not redacted' || !$option{error} ? $error : qr/$error|withheld by keyvault/, "$mode: $road: as it should end");

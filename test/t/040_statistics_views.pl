@@ -51,7 +51,7 @@ sub found_in
 	push @found, 'pg_stat_activity'
 		if $node->safe_psql('postgres', "SELECT count(*) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND query LIKE '%' || reverse('" . reverse($key) . "') || '%'");
 	$session->query('SELECT 1');
-	my $memory = shared_memory($node->safe_psql('postgres', 'SELECT pid FROM pg_stat_activity WHERE backend_type = \'checkpointer\''));
+	my $memory = shared_memory(checkpointer($node));
 	push @found, 'shared memory' if defined $memory && $memory =~ /\Q$key\E/;
 	push @found, 'pg_stat_statements'
 		if $node->safe_psql('postgres', "SELECT count(*) FROM pg_stat_statements WHERE query LIKE '%' || reverse('" . reverse($key) . "') || '%'");
@@ -99,7 +99,7 @@ SQL
 	cmp_ok($seen{files}, '>=', $least, "$libraries: and in its file");
 	SKIP:
 	{
-		skip 'the memory of other processes is closed to us', 1 unless defined shared_memory($$);
+		skip 'the memory of other processes is closed to us', 1 unless defined shared_memory(checkpointer($node));
 		cmp_ok($seen{'shared memory'} // 0, '>=', 1, "$libraries: the end of a longer text stays in shared memory without redaction");
 	}
 	$node->safe_psql('postgres', 'SELECT pg_stat_statements_reset()');
