@@ -366,7 +366,7 @@ BEGIN
     -- One write a minute tells enough about a busy key, and its row is not fought over.
     UPDATE keyvault.api_keys k
        SET last_used_at = now(), status = CASE WHEN $13 THEN 'failed' ELSE 'active' END
-     WHERE k.user_id = CASE r.payer WHEN 'user' THEN $1 ELSE '' END AND k.id = r.api_key_id AND $5 IS NOT NULL
+     WHERE k.user_id = CASE r.payer WHEN 'user' THEN $1 ELSE '' END AND k.id = r.api_key_id AND $5 IS NOT NULL AND k.problem IS NULL
        AND (k.last_used_at IS NULL OR k.last_used_at < now() - interval '1 minute'
             OR k.status <> CASE WHEN $13 THEN 'failed' ELSE 'active' END);
     RETURN true;

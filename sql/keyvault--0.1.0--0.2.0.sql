@@ -2981,7 +2981,7 @@ BEGIN
     -- One write a minute tells enough about a busy key, and its row is not fought over.
     UPDATE keyvault.api_keys k
        SET last_used_at = now(), status = CASE WHEN $13 THEN 'failed' ELSE 'active' END
-     WHERE k.user_id = CASE r.payer WHEN 'user' THEN $1 ELSE '' END AND k.id = r.api_key_id AND $5 IS NOT NULL
+     WHERE k.user_id = CASE r.payer WHEN 'user' THEN $1 ELSE '' END AND k.id = r.api_key_id AND $5 IS NOT NULL AND k.problem IS NULL
        AND (k.last_used_at IS NULL OR k.last_used_at < now() - interval '1 minute'
             OR k.status <> CASE WHEN $13 THEN 'failed' ELSE 'active' END);
     RETURN true;
@@ -3049,7 +3049,7 @@ BEGIN
     -- Not when the key was replaced since: the answer is about the one before.
     UPDATE keyvault.api_keys k
        SET last_verified_at = clock_timestamp(), status = CASE WHEN $8 THEN 'failed' ELSE 'active' END
-     WHERE k.user_id = $1 AND k.id = r.api_key_id AND ($8 OR $4 = 'done') AND k.updated_at <= r.sent_at;
+     WHERE k.user_id = $1 AND k.id = r.api_key_id AND ($8 OR $4 = 'done') AND k.problem IS NULL AND k.updated_at <= r.sent_at;
     RETURN true;
 END $$;
 REVOKE ALL ON FUNCTION keyvault._settle_key_test( user_id text, id uuid, attempt integer, outcome text, status_code integer, body jsonb, error text, key_refused boolean) FROM PUBLIC;

@@ -23,22 +23,36 @@
 #include "utils/builtins.h"
 #include "utils/json.h"
 #include "utils/memutils.h"
+#include "vault/key_shape.h"
 
 /* Back-off of the first retry; it doubles with each further one. */
 #define BACKOFF_MS		500
 #define BACKOFF_MAX_MS	30000
 
-/* Give a call the key, in secret memory of its own, that it is to send. */
-void
+/*
+ * Give a call the key, in secret memory of its own, that it is to send. False, and that is the
+ * call's problem, when the key would end its header and begin another.
+ */
+bool
 kv_call_use_key(KvCall *call, char *key)
 {
 	const char *scheme = call->auth_scheme;
 	Size		length = strlen(call->auth_header) + (scheme ? strlen(scheme) : 0) + strlen(key) + 4;
-	char	   *header = kv_secret_alloc(length);
+	char	   *header;
 
+	if (!kv_key_shape_is_sendable(key))
+	{
+		call->problem = "KV009: the key has characters that no header may carry, or not the length of a key";
+		call->key = NULL;
+		call->result.refused = true;
+		call->result.nothing_sent = true;
+		return false;
+	}
+	header = kv_secret_alloc(length);
 	snprintf(header, length, "%s: %s%s%s", call->auth_header, scheme ? scheme : "", scheme ? " " : "", key);
 	call->key = key;
 	call->headers[call->key_header] = header;
+	return true;
 }
 
 /* A reference that leads nowhere: final, or worth another attempt. */
@@ -61,8 +75,7 @@ start_resolving(KvCall *call, KvTransferPool *pool)
 	if (key)
 	{
 		call->key_was_known = true;
-		kv_call_use_key(call, key);
-		return true;
+		return kv_call_use_key(call, key);
 	}
 	call->resolving = kv_reference_ask(call->reference, pool, call, &reason);
 	if (!call->resolving)
@@ -132,10 +145,7 @@ kv_call_go_on(KvCall *call, KvTransferPool *pool, const KvTransferResult *result
 		fail_reference(call, reason, may_pass);
 	kv_transfer_free(pool, result->transfer);
 	if (key)
-	{
-		kv_call_use_key(call, key);
-		goes_on = send_call(call, pool);
-	}
+		goes_on = kv_call_use_key(call, key) && send_call(call, pool);
 	MemoryContextSwitchTo(old);
 	return goes_on;
 }

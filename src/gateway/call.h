@@ -40,7 +40,7 @@ typedef struct KvCall
 	int			settle_delay_ms;
 } KvCall;
 
-extern void kv_call_use_key(KvCall *call, char *key);
+extern bool kv_call_use_key(KvCall *call, char *key);
 extern bool kv_call_go_on(KvCall *call, KvTransferPool *pool, const KvTransferResult *result);
 extern void kv_call_start(KvCall *call, KvTransferPool *pool, bool *started);
 extern void kv_call_settle(KvCall *call);

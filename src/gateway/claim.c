@@ -203,7 +203,7 @@ make_call(HeapTuple row)
 	if (call->problem == NULL)
 		call->headers = make_headers(call, row);
 	if (call->key)
-		kv_call_use_key(call, call->key);
+		(void) kv_call_use_key(call, call->key);
 	MemoryContextSwitchTo(old);
 	return call;
 }

@@ -24,6 +24,7 @@
 #include "vault/api_key.h"
 #include "vault/development.h"
 #include "vault/key_row.h"
+#include "vault/key_shape.h"
 #include "vault/key_use.h"
 
 PG_FUNCTION_INFO_V1(keyvault_user_api_keys);
@@ -96,7 +97,10 @@ report_unreadable(int level, const char *user_id, const char *provider)
 			 errhint("Store the key again, or restore api_keys, data_keys and vault together from one backup.")));
 }
 
-/* Open a key by its id. Returns it in secret memory, or the reference that stands for it; NULL when there is none or it has expired. Errors: KV004, KV005. */
+/*
+ * Open a key by its id. Returns it in secret memory, or the reference that stands for it; NULL when there is none or it has
+ * expired. Call between kv_owner_begin and kv_owner_end. Errors: KV004, KV005, KV009 a client sealed what is no key of the provider.
+ */
 char *
 kv_key_lookup_by_id(const char *user_id, const pg_uuid_t *id, bool *names_reference)
 {
@@ -116,6 +120,9 @@ kv_key_lookup_by_id(const char *user_id, const pg_uuid_t *id, bool *names_refere
 		secret = open_row(&scan, user_id, provider);
 		if (secret == NULL)
 			report_unreadable(ERROR, user_id, provider);
+		(void) kv_index_scan_value(&scan, API_KEYS_FINGERPRINT, &isnull);
+		if (isnull && !*names_reference)
+			kv_key_shape_check(secret, strlen(secret), provider);
 	}
 	kv_index_scan_end(&scan);
 	return secret;

@@ -181,23 +181,33 @@ kv_key_row_write(const KvNewKey *key)
 	return id;
 }
 
+/* Open a box. Returns what a client sealed, whatever it is, in secret memory; NULL when it does not open. Errors: KV004, KV005. */
+char *
+kv_key_row_open_box(const char *user_id, const char *provider, const bytea *box)
+{
+	Size		length;
+	char	   *secret;
+
+	if (!kv_sealed_box_looks_right(box))
+		return NULL;
+	secret = kv_sealing_key_open_box(KV_BOX_LABEL, user_id, provider, box, &length);
+	return secret && strlen(secret) == length ? secret : NULL;
+}
+
 /*
  * Open what a row's ciphertext holds. Returns the key in secret memory; NULL when it does
- * not open. Errors: KV004, KV005.
+ * not open, or when a box has something in it that no header may carry. Errors: KV004, KV005.
  */
 char *
 kv_key_row_open(const char *user_id, const char *provider, const pg_uuid_t *id, const bytea *stored)
 {
 	KvSecretName name = {.id = *id,.provider = provider,.purpose = KV_API_KEY_PURPOSE};
-	Size		length;
 	char	   *secret;
 
 	if (!kv_sealed_box_is(stored))
 		return kv_envelope_open(user_id, &name, stored);
-	if (!kv_sealed_box_looks_right(stored))
-		return NULL;
-	secret = kv_sealing_key_open_box(KV_BOX_LABEL, user_id, provider, stored, &length);
-	return secret && strlen(secret) == length ? secret : NULL;
+	secret = kv_key_row_open_box(user_id, provider, stored);
+	return secret && kv_key_shape_is_sendable(secret) ? secret : NULL;
 }
 
 /* Make a record of a row that holds a box, whose secret was opened and checked. Call between kv_owner_begin and kv_owner_end. */

@@ -110,7 +110,6 @@ refuse_replay(const char *user_id, bytea *box)
 static char *
 take_box(const char *user_id, const char *provider, const bytea *box)
 {
-	pg_uuid_t	no_id = {{0}};	/* a box names none */
 	char	   *secret;
 
 	if (!kv_sealed_box_looks_right(box))
@@ -119,7 +118,7 @@ take_box(const char *user_id, const char *provider, const bytea *box)
 		raise_unopenable("It is sealed to a key that this vault does not have, or no longer takes.");
 	if (!kv_reveal_may_open())
 		return NULL;
-	secret = kv_key_row_open(user_id, provider, &no_id, box);
+	secret = kv_key_row_open_box(user_id, provider, box);
 	if (secret == NULL)
 		raise_unopenable("It was altered, or sealed for another user, provider or vault.");
 	kv_key_shape_check(secret, strlen(secret), provider);
@@ -174,7 +173,7 @@ convert_row(HeapTuple row, TupleDesc tupdesc)
 	char	   *user = TextDatumGetCString(user_id);
 	char	   *provider = TextDatumGetCString(SPI_getbinval(row, tupdesc, 3, &isnull));
 	bool		is_reference = DatumGetBool(SPI_getbinval(row, tupdesc, 5, &isnull));
-	char	   *secret = kv_key_row_open(user, provider, DatumGetUUIDP(id), DatumGetByteaPP(SPI_getbinval(row, tupdesc, 4, &isnull)));
+	char	   *secret = kv_key_row_open_box(user, provider, DatumGetByteaPP(SPI_getbinval(row, tupdesc, 4, &isnull)));
 	const char *problem = NULL;
 
 	if (secret == NULL)

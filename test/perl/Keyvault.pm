@@ -8,6 +8,7 @@ use File::Temp ();
 use HTTP::Tiny;
 use IPC::Run ();
 use JSON::PP ();
+use MIME::Base64 ();
 use POSIX ();
 use Test::More;
 use Time::HiRes qw(sleep);
@@ -15,7 +16,7 @@ use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 
 our @EXPORT = qw(new_master_key new_node set_config start_mock start_vault write_secret use_mock mock_get mock_open mock_received
-	wait_until state_of shared_memory chat queue_request request_status ends_as worker_pid balances_are_sums run_pgbench checkpointer
+	wait_until state_of seal_key shared_memory chat queue_request request_status ends_as worker_pid balances_are_sums run_pgbench checkpointer
 	crash_while deadlock_between);
 
 my @mocks;
@@ -155,6 +156,18 @@ sub state_of
 	my ($node, $sql, $database) = @_;
 	my ($code, $out, $err) = $node->psql($database // 'postgres', "\\set VERBOSITY sqlstate\n$sql", on_error_stop => 0);
 	return $err =~ /ERROR:\s+(\w{5})/ ? $1 : '';
+}
+
+# A box with a user's key, in hexadecimal digits.
+sub seal_key
+{
+	my ($node, $user, $secret, $provider) = @_;
+	my $parameters = JSON::PP::decode_json($node->safe_psql('postgres', 'SELECT keyvault.sealing_key()'));
+	my ($out, $err) = ('', '');
+	my $json = JSON::PP::encode_json([ [ 'makeBox', { public_key => unpack('H*', MIME::Base64::decode_base64($parameters->{public_key})),
+		vault_id => $parameters->{vault_id}, user_id => $user, provider => $provider // 'openai', secret => $secret } ] ]);
+	IPC::Run::run([ 'node', 'test/formats/formats.mjs' ], '<', \$json, '>', \$out, '2>', \$err) or die $err;
+	return JSON::PP::decode_json($out)->[0];
 }
 
 # Everything in the memory that a process of the server shares with the others; undef when it is closed to us.

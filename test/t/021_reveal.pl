@@ -4,7 +4,6 @@ use warnings FATAL => 'all';
 no warnings 'portable';		# addresses have 64 bits
 use IPC::Run ();
 use JSON::PP ();
-use MIME::Base64 ();
 use PostgreSQL::Test::Utils;
 use Test::More;
 use Keyvault;
@@ -52,14 +51,14 @@ pass('a session that could is refused after the reload');
 is(state_of($node, "SELECT keyvault.store_api_key('openai', 'sk-stored-while-off-0123456789', user_id => 'after')"), 'KV004',
 	'without a worker there is no key to seal to, and the error says so');
 set_config($node, 'keyvault.databases', undef);
-my $box = sealed('boxed', 'sk-sealed-while-off-0123456789');
+my $box = seal_key($node, 'boxed', 'sk-sealed-while-off-0123456789');
 set_config($node, 'keyvault.databases', 'none');
 wait_until(sub { worker_pid($node) eq '' }) or die 'the worker stays';
 is(state_of($node, "SELECT keyvault.store_api_key('openai', 'sk-stored-while-off-0123456789', user_id => 'after')"), '', 'a key is stored');
 is(row_of('after'), "\\x01|f|sk-\xe2\x80\xa66789|active|", 'as a box, with its hint');
 is(state_of($node, "SELECT keyvault.store_sealed_api_key('openai', '\\x$box', user_id => 'boxed')"), '', 'a sealed key is stored');
 is(state_of($node, "SELECT keyvault.store_sealed_api_key('openai', '\\x$box', user_id => 'boxed')"), 'KV005', 'once');
-my $bad = sealed('bad', 'sk-ant-another-providers-0123', 'exa');
+my $bad = seal_key($node, 'bad', 'sk-ant-another-providers-0123', 'exa');
 is(state_of($node, "SELECT keyvault.store_sealed_api_key('openai', '\\x$bad', user_id => 'bad')"), '', 'so is one that will not open');
 is(state_of($node, "SELECT keyvault.store_api_key('openai', 'sk-ant-another-providers-0123', user_id => 'after')"), 'KV009', 'plain keys are still checked');
 my $call = queue_request($node, 'call', 'with-a-call-key', api_key => "'sk-only-for-this-call-0123456789'");
@@ -161,18 +160,6 @@ sub count_in_memory
 		$found++ while $content =~ /\Q$bytes\E/g;
 	}
 	return $found;
-}
-
-# A box for a user's key.
-sub sealed
-{
-	my ($user, $secret, $provider) = @_;
-	my $parameters = JSON::PP::decode_json($node->safe_psql('postgres', 'SELECT keyvault.sealing_key()'));
-	my ($result, $errors) = ('', '');
-	my $json = JSON::PP::encode_json([ [ 'makeBox', { public_key => unpack('H*', MIME::Base64::decode_base64($parameters->{public_key})),
-		vault_id => $parameters->{vault_id}, user_id => $user, provider => $provider // 'openai', secret => $secret } ] ]);
-	IPC::Run::run([ 'node', 'test/formats/formats.mjs' ], '<', \$json, '>', \$result, '2>', \$errors) or die $errors;
-	return JSON::PP::decode_json($result)->[0];
 }
 
 done_testing();
