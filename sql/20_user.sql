@@ -24,7 +24,7 @@ COMMENT ON COLUMN keyvault.plans.infrastructure_usd IS 'Cost of the application'
 COMMENT ON COLUMN keyvault.plans.margin IS 'What is earned on top of both costs, as a fraction of them; 0.2 is 20 percent.';
 COMMENT ON COLUMN keyvault.plans.overage IS 'At the limit: block refuses with KV001; report debits on, and credit_status and credit_periods say how far beyond.';
 COMMENT ON COLUMN keyvault.plans.unknown_model IS
-    'What a use costs whose model has no price: charge by unknown_model_usd_per_mtok, with a WARNING; refuse with 22023; allow for nothing, with a WARNING.';
+    'What a use costs whose model has no price, or is paid by the token and used without stating tokens: charge by unknown_model_usd_per_mtok, with a WARNING; refuse with 22023; allow for nothing, with a WARNING.';
 COMMENT ON COLUMN keyvault.plans.unknown_model_usd_per_mtok IS 'USD per million tokens of any kind, for a model without a price.';
 COMMENT ON COLUMN keyvault.plans.notice_percents IS 'Parts of a period''s credits, in percent, whose use is noted in credit_notices, once a period.';
 COMMENT ON COLUMN keyvault.plans.own_key_rate IS 'Part of those credits debited when the call used the user''s own key; 0 is free.';

@@ -19,7 +19,7 @@ CREATE TABLE keyvault.credit_budgets (
 COMMENT ON TABLE keyvault.credit_budgets IS
     'What a user, or a part of its use, may spend in a UTC day or month. A debit beyond it fails with KV001, the plan''s credits notwithstanding.';
 COMMENT ON COLUMN keyvault.credit_budgets.scope IS 'What is limited: user, all use; member, issued_key, model: the use that names target.';
-COMMENT ON COLUMN keyvault.credit_budgets.target IS 'The member_id, issued_key_id or model; empty for scope user.';
+COMMENT ON COLUMN keyvault.credit_budgets.target IS 'The member_id, issued_key_id or model, whose dated names count too; empty for scope user.';
 COMMENT ON COLUMN keyvault.credit_budgets.unit IS 'credits, or usd: provider cost, cost_usd of usage records.';
 COMMENT ON COLUMN keyvault.credit_budgets.spent IS 'Spent since window_start; nothing once that day or month is over.';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.credit_budgets', '');
@@ -30,10 +30,16 @@ CREATE POLICY own_rows ON keyvault.credit_budgets FOR SELECT
 CREATE POLICY read_by_access ON keyvault.credit_budgets FOR SELECT
     USING ((SELECT keyvault._may_read_all_usage()));
 
+CREATE FUNCTION keyvault._model_family(model text) RETURNS text
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN regexp_replace(model, '-([0-9]{8}|[0-9]{4}-[0-9]{2}-[0-9]{2}|latest)$', '');
+COMMENT ON FUNCTION keyvault._model_family(text) IS
+    'The model that a dated or "latest" name stands for, in prices and budgets; any other name as it is.';
+
 CREATE FUNCTION keyvault._in_budget(budget keyvault.credit_budgets, model text, issued_key_id uuid, member_id text) RETURNS boolean
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
     RETURN CASE budget.scope WHEN 'user' THEN true
-                             WHEN 'model' THEN coalesce(model = budget.target, false)
+                             WHEN 'model' THEN coalesce(budget.target IN (model, keyvault._model_family(model)), false)
                              WHEN 'issued_key' THEN coalesce(issued_key_id::text = budget.target, false)
                              ELSE coalesce(member_id = budget.target, false) END;
 COMMENT ON FUNCTION keyvault._in_budget(keyvault.credit_budgets, text, uuid, text) IS 'True when a use counts in a budget.';

@@ -47,14 +47,15 @@ COMMENT ON COLUMN keyvault.usage_records.output_tokens IS 'Tokens written, reaso
 COMMENT ON COLUMN keyvault.usage_records.tokens IS 'All tokens together.';
 COMMENT ON COLUMN keyvault.usage_records.credits IS
     'Credits debited by this row. An INSERT that leaves them out has the row priced, by its model and tokens or by the cost_usd it gives.';
-COMMENT ON COLUMN keyvault.usage_records.credits_overrun IS 'Credits a provider call cost beyond what the user had left; not debited.';
+COMMENT ON COLUMN keyvault.usage_records.credits_overrun IS
+    'Credits a provider call cost beyond what the user had left, or that its answer claims beyond what is believed; not debited.';
 COMMENT ON COLUMN keyvault.usage_records.cost_usd IS 'What the provider charges for it, in USD.';
 COMMENT ON COLUMN keyvault.usage_records.reasoning_tokens IS 'The part of output_tokens that the model spent on thinking.';
 COMMENT ON COLUMN keyvault.usage_records.units IS 'What is not counted in tokens: images, seconds, pages; model_prices.unit says what.';
 COMMENT ON COLUMN keyvault.usage_records.member_id IS 'Who of an organization used it, for budgets.';
 COMMENT ON COLUMN keyvault.usage_records.hold_id IS 'The hold, or the request, that this row settled. Budgets count such a row and do not refuse it.';
 COMMENT ON COLUMN keyvault.usage_records.price IS
-    'The price that was used: provider, model, valid_from, USD per million tokens, per request and per unit, the context tier, and what made credits of it. NULL for a row with credits of its own.';
+    'The price that was used: provider, model, valid_from, USD per million tokens, per request and per unit, the context tier, and what made credits of it; as unknown, what the plan did without a price; as claimed, what an answer states beyond what is believed. NULL for a row with credits of its own, and for a call that was charged as estimated.';
 COMMENT ON COLUMN keyvault.usage_records.debit_tag IS
     'Names the transaction that debited the row: 15 bits of the installation, 48 of the transaction id. A row that arrives with another transaction''s tag, by pg_restore or logical replication, is not debited again.';
 

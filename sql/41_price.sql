@@ -24,7 +24,7 @@ CREATE FUNCTION keyvault._find_price(provider text, model text, at timestamptz, 
 AS $$
 #variable_conflict use_column
 DECLARE
-    family text := regexp_replace($2, '-([0-9]{8}|[0-9]{4}-[0-9]{2}-[0-9]{2}|latest)$', '');
+    family text := keyvault._model_family($2);
     price keyvault.model_prices;
 BEGIN
     IF $4 IS NOT NULL THEN
@@ -84,16 +84,6 @@ END $$;
 COMMENT ON FUNCTION keyvault._use_usd(keyvault.model_prices, bigint, bigint, bigint, bigint, numeric) IS
     'What a use costs in USD at a price, and what of the price was used; NULL without a price. cached_tokens are part of input_tokens, reasoning_tokens of output_tokens.';
 
-CREATE FUNCTION keyvault._price_usd(provider text, model text, at timestamptz, input_tokens bigint, cached_tokens bigint, output_tokens bigint) RETURNS numeric
-    LANGUAGE plpgsql STABLE
-    SET search_path = pg_catalog, pg_temp
-AS $$
-BEGIN
-    RETURN (SELECT q.usd FROM keyvault._use_usd(keyvault._find_price($1, $2, at), $4, $5, $6, NULL, NULL) q);
-END $$;
-COMMENT ON FUNCTION keyvault._price_usd(text, text, timestamptz, bigint, bigint, bigint) IS
-    'What a call cost in USD by model_prices, NULL for a model without a price. cached_tokens are part of input_tokens.';
-
 CREATE FUNCTION keyvault._credits_owed(plan text, payer text, cost_usd numeric) RETURNS numeric
     LANGUAGE plpgsql STABLE
     SET search_path = pg_catalog, pg_temp
@@ -109,7 +99,7 @@ END $$;
 COMMENT ON FUNCTION keyvault._credits_owed(text, text, numeric) IS
     'What a cost in USD is in credits on a plan, with its infrastructure and margin, by whose key was used.';
 
-CREATE FUNCTION keyvault._unknown_model_usd(plan keyvault.plans, provider text, model text, tokens bigint) RETURNS numeric
+CREATE FUNCTION keyvault._unknown_model_usd(plan keyvault.plans, provider text, tokens bigint, problem text, hint text) RETURNS numeric
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
@@ -117,26 +107,29 @@ AS $$
 DECLARE
     usd numeric := 0;
 BEGIN
-    IF plan.unknown_model = 'refuse' THEN
-        RAISE EXCEPTION 'model "%" has no price', coalesce(model, '')
+    IF plan.unknown_model = 'refuse' AND problem IS NOT NULL THEN
+        RAISE EXCEPTION '%', problem
             USING ERRCODE = 'invalid_parameter_value',
-                  HINT = 'Give the credits, or add its price with INSERT INTO keyvault.model_prices; keyvault.plans.unknown_model says what is done without one.';
+                  HINT = hint || ' keyvault.plans.unknown_model says what is done without.';
     END IF;
-    IF plan.unknown_model = 'charge' THEN
+    IF plan.unknown_model <> 'allow' THEN
         usd := round(tokens * plan.unknown_model_usd_per_mtok / 1000000, 9);
         IF usd = 0 THEN
             usd := coalesce((SELECT p.usd_per_request FROM keyvault.providers p WHERE p.provider = $2), 0.01);
         END IF;
     END IF;
-    RAISE WARNING 'model "%" has no price: % USD assumed', coalesce(model, ''), trim_scale(usd)
-        USING HINT = 'Add its price with INSERT INTO keyvault.model_prices; keyvault.plans.unknown_model says what is done without one.';
+    IF problem IS NOT NULL THEN
+        RAISE WARNING '%: % USD assumed', problem, trim_scale(usd)
+            USING HINT = hint || ' keyvault.plans.unknown_model says what is done without.';
+    END IF;
     RETURN usd;
 END $$;
-COMMENT ON FUNCTION keyvault._unknown_model_usd(keyvault.plans, text, text, bigint) IS
-    'What a use of a model without a price is taken to cost, by its user''s plan, with a WARNING. Error: 22023 on a plan that refuses it.';
+COMMENT ON FUNCTION keyvault._unknown_model_usd(keyvault.plans, text, bigint, text, text) IS
+    'What a use that has no price is taken to cost in USD, by its user''s plan, with problem as a WARNING. Error: 22023 on a plan that refuses it. Without a problem the use has happened: nothing is said, and refuse charges.';
 
 CREATE FUNCTION keyvault._price_use(user_id text, provider text, model text, payer text, at timestamptz, input_tokens bigint, cached_tokens bigint,
                                     output_tokens bigint, reasoning_tokens bigint, tokens bigint, units numeric, cost_usd numeric,
+                                    happened boolean = false,
                                     OUT credits numeric, OUT usd numeric, OUT priced_provider text, OUT price jsonb)
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
@@ -145,9 +138,11 @@ AS $$
 DECLARE
     plan keyvault.plans;
     found_price keyvault.model_prices;
+    plan_price keyvault.model_prices;
     -- Tokens of a kind that nobody states are taken for output.
     unstated bigint := greatest(coalesce(tokens, 0) - coalesce(input_tokens, 0) - coalesce(output_tokens, 0), 0);
     output_all bigint := coalesce(output_tokens, 0) + unstated;
+    states_tokens boolean := input_tokens IS NOT NULL OR output_tokens IS NOT NULL OR unstated > 0;
     sold_usd numeric;
     sold_used jsonb;
 BEGIN
@@ -165,26 +160,38 @@ BEGIN
         RETURN;
     ELSE
         found_price := keyvault._find_price(provider, model, at);
+        priced_provider := coalesce(found_price.provider, provider);
+        plan_price := keyvault._find_price(priced_provider, model, at, plan.plan);
         SELECT q.usd, q.used INTO usd, price
           FROM keyvault._use_usd(found_price, input_tokens, cached_tokens, output_all, reasoning_tokens, units) q;
-        IF usd IS NULL THEN
-            usd := keyvault._unknown_model_usd(plan, provider, model, coalesce(input_tokens, 0) + output_all);
-            price := jsonb_build_object('unknown', plan.unknown_model);
-        ELSE
-            priced_provider := found_price.provider;
-        END IF;
         SELECT q.usd, q.used INTO sold_usd, sold_used
-          FROM keyvault._use_usd(keyvault._find_price(priced_provider, model, at, plan.plan), input_tokens, cached_tokens, output_all,
-                                 reasoning_tokens, units) q;
+          FROM keyvault._use_usd(plan_price, input_tokens, cached_tokens, output_all, reasoning_tokens, units) q;
+        IF usd IS NULL THEN
+            usd := keyvault._unknown_model_usd(plan, provider, coalesce(input_tokens, 0) + output_all,
+                       CASE WHEN NOT happened THEN format('model "%s" has no price', model) END,
+                       'Give the credits, or add its price with INSERT INTO keyvault.model_prices;');
+            price := jsonb_build_object('unknown', plan.unknown_model);
+        ELSIF NOT states_tokens AND coalesce(sold_usd, usd) = 0
+              AND greatest(found_price.input_usd_per_mtok, found_price.output_usd_per_mtok,
+                           plan_price.input_usd_per_mtok, plan_price.output_usd_per_mtok) > 0
+        THEN
+            -- What is paid by the token is not free because nobody counted: a cut stream is no free one.
+            usd := keyvault._unknown_model_usd(plan, priced_provider, 0,
+                       CASE WHEN NOT happened THEN format('a use of model "%s" states no tokens', model) END,
+                       'Give its tokens, 0 if there were none, its cost_usd or its credits;');
+            price := jsonb_build_object('unknown', plan.unknown_model);
+            sold_usd := NULL;
+        END IF;
     END IF;
     credits := keyvault._credits_owed(plan.plan, payer, coalesce(sold_usd, usd));
     price := price || jsonb_strip_nulls(jsonb_build_object(
-        'plan', plan.plan, 'plan_price', sold_used, 'credits_per_usd', trim_scale(plan.credits_per_usd),
+        'plan', plan.plan, 'plan_price', CASE WHEN sold_usd IS NOT NULL THEN sold_used END,
+        'credits_per_usd', trim_scale(plan.credits_per_usd),
         'own_key_rate', CASE payer WHEN 'user' THEN trim_scale(plan.own_key_rate) END,
         'infrastructure_usd', trim_scale(nullif(plan.infrastructure_usd, 0)), 'margin', trim_scale(nullif(plan.margin, 0))));
 END $$;
-COMMENT ON FUNCTION keyvault._price_use(text, text, text, text, timestamptz, bigint, bigint, bigint, bigint, bigint, numeric, numeric) IS
-    'What a use costs its user in credits and the provider''s customer in USD, by which provider''s price, and the price for usage_records.price. Error: 22023 for an unknown model on a plan that refuses it.';
+COMMENT ON FUNCTION keyvault._price_use(text, text, text, text, timestamptz, bigint, bigint, bigint, bigint, bigint, numeric, numeric, boolean) IS
+    'What a use costs its user in credits and the provider''s customer in USD, by which provider''s price, and the price for usage_records.price. One that happened is never refused, and nothing is said of it. Error: 22023 for an unknown model, or a known one without tokens, on a plan that refuses it.';
 
 -- usage_records cannot have a unique key without its partitions' created_at.
 CREATE TABLE keyvault.usage_keys (

@@ -5,6 +5,10 @@
 -- Data are changed here: no operator of another schema comes in between.
 SET LOCAL search_path = pg_catalog, pg_temp;
 
+DROP FUNCTION keyvault._estimate_usd(provider keyvault.providers, model text, body jsonb);
+
+DROP FUNCTION keyvault._price_usd(provider text, model text, at timestamptz, input_tokens bigint, cached_tokens bigint, output_tokens bigint);
+
 DROP FUNCTION keyvault._hold_credits(user_id text, amount numeric, expires_at timestamptz, may_create boolean);
 
 DROP FUNCTION keyvault._roll_period(user_id text);
@@ -30,7 +34,7 @@ COMMENT ON COLUMN keyvault.plans.margin IS 'What is earned on top of both costs,
 COMMENT ON COLUMN keyvault.plans.overage IS 'At the limit: block refuses with KV001; report debits on, and credit_status and credit_periods say how far beyond.';
 
 COMMENT ON COLUMN keyvault.plans.unknown_model IS
-    'What a use costs whose model has no price: charge by unknown_model_usd_per_mtok, with a WARNING; refuse with 22023; allow for nothing, with a WARNING.';
+    'What a use costs whose model has no price, or is paid by the token and used without stating tokens: charge by unknown_model_usd_per_mtok, with a WARNING; refuse with 22023; allow for nothing, with a WARNING.';
 
 COMMENT ON COLUMN keyvault.plans.unknown_model_usd_per_mtok IS 'USD per million tokens of any kind, for a model without a price.';
 
@@ -1208,7 +1212,7 @@ COMMENT ON TABLE keyvault.credit_budgets IS
 
 COMMENT ON COLUMN keyvault.credit_budgets.scope IS 'What is limited: user, all use; member, issued_key, model: the use that names target.';
 
-COMMENT ON COLUMN keyvault.credit_budgets.target IS 'The member_id, issued_key_id or model; empty for scope user.';
+COMMENT ON COLUMN keyvault.credit_budgets.target IS 'The member_id, issued_key_id or model, whose dated names count too; empty for scope user.';
 
 COMMENT ON COLUMN keyvault.credit_budgets.unit IS 'credits, or usd: provider cost, cost_usd of usage records.';
 
@@ -1224,10 +1228,18 @@ CREATE POLICY own_rows ON keyvault.credit_budgets FOR SELECT
 CREATE POLICY read_by_access ON keyvault.credit_budgets FOR SELECT
     USING ((SELECT keyvault._may_read_all_usage()));
 
+CREATE FUNCTION keyvault._model_family(model text) RETURNS text
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN regexp_replace(model, '-([0-9]{8}|[0-9]{4}-[0-9]{2}-[0-9]{2}|latest)$', '');
+REVOKE ALL ON FUNCTION keyvault._model_family(model text) FROM PUBLIC;
+
+COMMENT ON FUNCTION keyvault._model_family(text) IS
+    'The model that a dated or "latest" name stands for, in prices and budgets; any other name as it is.';
+
 CREATE FUNCTION keyvault._in_budget(budget keyvault.credit_budgets, model text, issued_key_id uuid, member_id text) RETURNS boolean
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
     RETURN CASE budget.scope WHEN 'user' THEN true
-                             WHEN 'model' THEN coalesce(model = budget.target, false)
+                             WHEN 'model' THEN coalesce(budget.target IN (model, keyvault._model_family(model)), false)
                              WHEN 'issued_key' THEN coalesce(issued_key_id::text = budget.target, false)
                              ELSE coalesce(member_id = budget.target, false) END;
 REVOKE ALL ON FUNCTION keyvault._in_budget(budget keyvault.credit_budgets, model text, issued_key_id uuid, member_id text) FROM PUBLIC;
@@ -1422,6 +1434,9 @@ ALTER TABLE keyvault.usage_records ADD COLUMN price jsonb;
 COMMENT ON COLUMN keyvault.usage_records.credits IS
     'Credits debited by this row. An INSERT that leaves them out has the row priced, by its model and tokens or by the cost_usd it gives.';
 
+COMMENT ON COLUMN keyvault.usage_records.credits_overrun IS
+    'Credits a provider call cost beyond what the user had left, or that its answer claims beyond what is believed; not debited.';
+
 COMMENT ON COLUMN keyvault.usage_records.reasoning_tokens IS 'The part of output_tokens that the model spent on thinking.';
 
 COMMENT ON COLUMN keyvault.usage_records.units IS 'What is not counted in tokens: images, seconds, pages; model_prices.unit says what.';
@@ -1431,7 +1446,7 @@ COMMENT ON COLUMN keyvault.usage_records.member_id IS 'Who of an organization us
 COMMENT ON COLUMN keyvault.usage_records.hold_id IS 'The hold, or the request, that this row settled. Budgets count such a row and do not refuse it.';
 
 COMMENT ON COLUMN keyvault.usage_records.price IS
-    'The price that was used: provider, model, valid_from, USD per million tokens, per request and per unit, the context tier, and what made credits of it. NULL for a row with credits of its own.';
+    'The price that was used: provider, model, valid_from, USD per million tokens, per request and per unit, the context tier, and what made credits of it; as unknown, what the plan did without a price; as claimed, what an answer states beyond what is believed. NULL for a row with credits of its own, and for a call that was charged as estimated.';
 
 COMMENT ON COLUMN keyvault.usage_records.debit_tag IS
     'Names the transaction that debited the row: 15 bits of the installation, 48 of the transaction id. A row that arrives with another transaction''s tag, by pg_restore or logical replication, is not debited again.';
@@ -2483,7 +2498,7 @@ CREATE FUNCTION keyvault._find_price(provider text, model text, at timestamptz, 
 AS $$
 #variable_conflict use_column
 DECLARE
-    family text := regexp_replace($2, '-([0-9]{8}|[0-9]{4}-[0-9]{2}-[0-9]{2}|latest)$', '');
+    family text := keyvault._model_family($2);
     price keyvault.model_prices;
 BEGIN
     IF $4 IS NOT NULL THEN
@@ -2547,17 +2562,6 @@ REVOKE ALL ON FUNCTION keyvault._use_usd(price keyvault.model_prices, input_toke
 COMMENT ON FUNCTION keyvault._use_usd(keyvault.model_prices, bigint, bigint, bigint, bigint, numeric) IS
     'What a use costs in USD at a price, and what of the price was used; NULL without a price. cached_tokens are part of input_tokens, reasoning_tokens of output_tokens.';
 
-CREATE OR REPLACE FUNCTION keyvault._price_usd(provider text, model text, at timestamptz, input_tokens bigint, cached_tokens bigint, output_tokens bigint) RETURNS numeric
-    LANGUAGE plpgsql STABLE
-    SET search_path = pg_catalog, pg_temp
-AS $$
-BEGIN
-    RETURN (SELECT q.usd FROM keyvault._use_usd(keyvault._find_price($1, $2, at), $4, $5, $6, NULL, NULL) q);
-END $$;
-
-COMMENT ON FUNCTION keyvault._price_usd(text, text, timestamptz, bigint, bigint, bigint) IS
-    'What a call cost in USD by model_prices, NULL for a model without a price. cached_tokens are part of input_tokens.';
-
 CREATE OR REPLACE FUNCTION keyvault._credits_owed(plan text, payer text, cost_usd numeric) RETURNS numeric
     LANGUAGE plpgsql STABLE
     SET search_path = pg_catalog, pg_temp
@@ -2574,7 +2578,7 @@ END $$;
 COMMENT ON FUNCTION keyvault._credits_owed(text, text, numeric) IS
     'What a cost in USD is in credits on a plan, with its infrastructure and margin, by whose key was used.';
 
-CREATE FUNCTION keyvault._unknown_model_usd(plan keyvault.plans, provider text, model text, tokens bigint) RETURNS numeric
+CREATE FUNCTION keyvault._unknown_model_usd(plan keyvault.plans, provider text, tokens bigint, problem text, hint text) RETURNS numeric
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
@@ -2582,28 +2586,31 @@ AS $$
 DECLARE
     usd numeric := 0;
 BEGIN
-    IF plan.unknown_model = 'refuse' THEN
-        RAISE EXCEPTION 'model "%" has no price', coalesce(model, '')
+    IF plan.unknown_model = 'refuse' AND problem IS NOT NULL THEN
+        RAISE EXCEPTION '%', problem
             USING ERRCODE = 'invalid_parameter_value',
-                  HINT = 'Give the credits, or add its price with INSERT INTO keyvault.model_prices; keyvault.plans.unknown_model says what is done without one.';
+                  HINT = hint || ' keyvault.plans.unknown_model says what is done without.';
     END IF;
-    IF plan.unknown_model = 'charge' THEN
+    IF plan.unknown_model <> 'allow' THEN
         usd := round(tokens * plan.unknown_model_usd_per_mtok / 1000000, 9);
         IF usd = 0 THEN
             usd := coalesce((SELECT p.usd_per_request FROM keyvault.providers p WHERE p.provider = $2), 0.01);
         END IF;
     END IF;
-    RAISE WARNING 'model "%" has no price: % USD assumed', coalesce(model, ''), trim_scale(usd)
-        USING HINT = 'Add its price with INSERT INTO keyvault.model_prices; keyvault.plans.unknown_model says what is done without one.';
+    IF problem IS NOT NULL THEN
+        RAISE WARNING '%: % USD assumed', problem, trim_scale(usd)
+            USING HINT = hint || ' keyvault.plans.unknown_model says what is done without.';
+    END IF;
     RETURN usd;
 END $$;
-REVOKE ALL ON FUNCTION keyvault._unknown_model_usd(plan keyvault.plans, provider text, model text, tokens bigint) FROM PUBLIC;
+REVOKE ALL ON FUNCTION keyvault._unknown_model_usd(plan keyvault.plans, provider text, tokens bigint, problem text, hint text) FROM PUBLIC;
 
-COMMENT ON FUNCTION keyvault._unknown_model_usd(keyvault.plans, text, text, bigint) IS
-    'What a use of a model without a price is taken to cost, by its user''s plan, with a WARNING. Error: 22023 on a plan that refuses it.';
+COMMENT ON FUNCTION keyvault._unknown_model_usd(keyvault.plans, text, bigint, text, text) IS
+    'What a use that has no price is taken to cost in USD, by its user''s plan, with problem as a WARNING. Error: 22023 on a plan that refuses it. Without a problem the use has happened: nothing is said, and refuse charges.';
 
 CREATE FUNCTION keyvault._price_use(user_id text, provider text, model text, payer text, at timestamptz, input_tokens bigint, cached_tokens bigint,
                                     output_tokens bigint, reasoning_tokens bigint, tokens bigint, units numeric, cost_usd numeric,
+                                    happened boolean = false,
                                     OUT credits numeric, OUT usd numeric, OUT priced_provider text, OUT price jsonb)
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
@@ -2612,9 +2619,11 @@ AS $$
 DECLARE
     plan keyvault.plans;
     found_price keyvault.model_prices;
+    plan_price keyvault.model_prices;
     -- Tokens of a kind that nobody states are taken for output.
     unstated bigint := greatest(coalesce(tokens, 0) - coalesce(input_tokens, 0) - coalesce(output_tokens, 0), 0);
     output_all bigint := coalesce(output_tokens, 0) + unstated;
+    states_tokens boolean := input_tokens IS NOT NULL OR output_tokens IS NOT NULL OR unstated > 0;
     sold_usd numeric;
     sold_used jsonb;
 BEGIN
@@ -2632,28 +2641,40 @@ BEGIN
         RETURN;
     ELSE
         found_price := keyvault._find_price(provider, model, at);
+        priced_provider := coalesce(found_price.provider, provider);
+        plan_price := keyvault._find_price(priced_provider, model, at, plan.plan);
         SELECT q.usd, q.used INTO usd, price
           FROM keyvault._use_usd(found_price, input_tokens, cached_tokens, output_all, reasoning_tokens, units) q;
-        IF usd IS NULL THEN
-            usd := keyvault._unknown_model_usd(plan, provider, model, coalesce(input_tokens, 0) + output_all);
-            price := jsonb_build_object('unknown', plan.unknown_model);
-        ELSE
-            priced_provider := found_price.provider;
-        END IF;
         SELECT q.usd, q.used INTO sold_usd, sold_used
-          FROM keyvault._use_usd(keyvault._find_price(priced_provider, model, at, plan.plan), input_tokens, cached_tokens, output_all,
-                                 reasoning_tokens, units) q;
+          FROM keyvault._use_usd(plan_price, input_tokens, cached_tokens, output_all, reasoning_tokens, units) q;
+        IF usd IS NULL THEN
+            usd := keyvault._unknown_model_usd(plan, provider, coalesce(input_tokens, 0) + output_all,
+                       CASE WHEN NOT happened THEN format('model "%s" has no price', model) END,
+                       'Give the credits, or add its price with INSERT INTO keyvault.model_prices;');
+            price := jsonb_build_object('unknown', plan.unknown_model);
+        ELSIF NOT states_tokens AND coalesce(sold_usd, usd) = 0
+              AND greatest(found_price.input_usd_per_mtok, found_price.output_usd_per_mtok,
+                           plan_price.input_usd_per_mtok, plan_price.output_usd_per_mtok) > 0
+        THEN
+            -- What is paid by the token is not free because nobody counted: a cut stream is no free one.
+            usd := keyvault._unknown_model_usd(plan, priced_provider, 0,
+                       CASE WHEN NOT happened THEN format('a use of model "%s" states no tokens', model) END,
+                       'Give its tokens, 0 if there were none, its cost_usd or its credits;');
+            price := jsonb_build_object('unknown', plan.unknown_model);
+            sold_usd := NULL;
+        END IF;
     END IF;
     credits := keyvault._credits_owed(plan.plan, payer, coalesce(sold_usd, usd));
     price := price || jsonb_strip_nulls(jsonb_build_object(
-        'plan', plan.plan, 'plan_price', sold_used, 'credits_per_usd', trim_scale(plan.credits_per_usd),
+        'plan', plan.plan, 'plan_price', CASE WHEN sold_usd IS NOT NULL THEN sold_used END,
+        'credits_per_usd', trim_scale(plan.credits_per_usd),
         'own_key_rate', CASE payer WHEN 'user' THEN trim_scale(plan.own_key_rate) END,
         'infrastructure_usd', trim_scale(nullif(plan.infrastructure_usd, 0)), 'margin', trim_scale(nullif(plan.margin, 0))));
 END $$;
-REVOKE ALL ON FUNCTION keyvault._price_use(user_id text, provider text, model text, payer text, at timestamptz, input_tokens bigint, cached_tokens bigint, output_tokens bigint, reasoning_tokens bigint, tokens bigint, units numeric, cost_usd numeric, OUT credits numeric, OUT usd numeric, OUT priced_provider text, OUT price jsonb) FROM PUBLIC;
+REVOKE ALL ON FUNCTION keyvault._price_use(user_id text, provider text, model text, payer text, at timestamptz, input_tokens bigint, cached_tokens bigint, output_tokens bigint, reasoning_tokens bigint, tokens bigint, units numeric, cost_usd numeric, happened boolean, OUT credits numeric, OUT usd numeric, OUT priced_provider text, OUT price jsonb) FROM PUBLIC;
 
-COMMENT ON FUNCTION keyvault._price_use(text, text, text, text, timestamptz, bigint, bigint, bigint, bigint, bigint, numeric, numeric) IS
-    'What a use costs its user in credits and the provider''s customer in USD, by which provider''s price, and the price for usage_records.price. Error: 22023 for an unknown model on a plan that refuses it.';
+COMMENT ON FUNCTION keyvault._price_use(text, text, text, text, timestamptz, bigint, bigint, bigint, bigint, bigint, numeric, numeric, boolean) IS
+    'What a use costs its user in credits and the provider''s customer in USD, by which provider''s price, and the price for usage_records.price. One that happened is never refused, and nothing is said of it. Error: 22023 for an unknown model, or a known one without tokens, on a plan that refuses it.';
 
 -- usage_records cannot have a unique key without its partitions' created_at.
 CREATE TABLE keyvault.usage_keys (
@@ -2732,6 +2753,159 @@ REVOKE ALL ON FUNCTION keyvault.record_usage( type text, model text, input_token
 COMMENT ON FUNCTION keyvault.record_usage(text, text, integer, integer, numeric, text, text, jsonb, text, bigint, bigint, numeric, text, numeric, uuid, text) IS
     'Records a use, debits its credits, and returns the usage record''s id. Without credits the use is priced by model and tokens, or by cost_usd (USD). The same idempotency_key records once and returns the same id. cached_tokens are part of input_tokens, reasoning_tokens of output_tokens. user_id NULL is the identity. Errors: KV001 credit limit or budget, 22004, 22023, 23514 bad argument, 40001 the idempotency key is in use, 42501.';
 
+CREATE FUNCTION keyvault._output_limit(body jsonb, OUT tokens bigint, OUT answers bigint)
+    LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    -- The largest of what may be meant: which of them a provider heeds is its own affair.
+    tokens := (SELECT max(asked::bigint)
+                 FROM unnest(ARRAY[body ->> 'max_completion_tokens', body ->> 'max_output_tokens', body ->> 'max_tokens',
+                                   body #>> '{generationConfig,maxOutputTokens}']) asked
+                WHERE asked ~ '^[0-9]{1,9}$');
+    answers := (SELECT greatest(max(asked::bigint), 1)
+                  FROM unnest(ARRAY[body ->> 'n', body #>> '{generationConfig,candidateCount}']) asked
+                 WHERE asked ~ '^[0-9]{1,4}$');
+END $$;
+REVOKE ALL ON FUNCTION keyvault._output_limit(body jsonb, OUT tokens bigint, OUT answers bigint) FROM PUBLIC;
+
+COMMENT ON FUNCTION keyvault._output_limit(jsonb) IS
+    'How many output tokens a request allows each answer, NULL without a limit, and how many answers it asks for, at least 1.';
+
+CREATE FUNCTION keyvault._estimate_request(user_id text, provider keyvault.providers, model text, payer text, body jsonb,
+                                           OUT usd numeric, OUT credits numeric)
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+#variable_conflict use_variable
+DECLARE
+    counts_tokens boolean := provider.dialect <> 'json' OR (keyvault._find_price(provider.provider, model, now())).model IS NOT NULL;
+BEGIN
+    IF model IS NULL THEN
+        usd := provider.usd_per_request;
+        credits := keyvault._credits_owed((SELECT u.plan FROM keyvault.users u WHERE u.user_id = $1), payer, usd);
+        RETURN;
+    END IF;
+    -- A token is seldom shorter than three bytes of JSON text.
+    SELECT p.usd, p.credits INTO usd, credits
+      FROM keyvault._output_limit(body) l
+     CROSS JOIN LATERAL keyvault._price_use($1, provider.provider, model, payer, now(),
+                CASE WHEN counts_tokens THEN octet_length(body::text) / 3 END, 0,
+                CASE WHEN counts_tokens THEN greatest(coalesce(l.tokens, 4096), 1) * l.answers END, NULL, NULL, NULL, 0) p;
+END $$;
+REVOKE ALL ON FUNCTION keyvault._estimate_request(user_id text, provider keyvault.providers, model text, payer text, body jsonb, OUT usd numeric, OUT credits numeric) FROM PUBLIC;
+
+COMMENT ON FUNCTION keyvault._estimate_request(text, keyvault.providers, text, text, jsonb) IS
+    'An upper estimate of a call''s cost in USD, and of the credits it takes: the body''s bytes / 3 as input, its output limit (4096 tokens without one) times the answers asked for as output. Error: 22023 for an unknown model on a plan that refuses it.';
+
+CREATE FUNCTION keyvault._bill_request(r keyvault.requests, model text, INOUT input_tokens bigint, INOUT cached_tokens bigint,
+                                       INOUT output_tokens bigint, INOUT cost_usd numeric, OUT owed numeric, OUT claimed numeric, OUT price jsonb)
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+#variable_conflict use_variable
+DECLARE
+    plan text := (SELECT u.plan FROM keyvault.users u WHERE u.user_id = r.user_id);
+    -- What no model of today writes at once, and the window of one that states none.
+    usual_most constant bigint := 131072;
+    -- Some providers count thinking beside the limit.
+    beside_limit constant bigint := 4096;
+    used_model text := r.model;
+    listed keyvault.model_prices;
+    asked record;
+    bill record;
+    most_usd numeric;
+    input_most bigint;
+    output_most bigint;
+BEGIN
+    IF cost_usd IS NOT NULL THEN
+        most_usd := greatest(r.estimated_usd, 50 * (SELECT p.usd_per_request FROM keyvault.providers p WHERE p.provider = r.provider));
+        cost_usd := least(cost_usd, 999999999);
+        claimed := keyvault._credits_owed(plan, r.payer, cost_usd);
+        price := CASE WHEN cost_usd > most_usd THEN jsonb_build_object('claimed', jsonb_build_object('cost_usd', cost_usd)) END;
+        cost_usd := least(cost_usd, most_usd);
+        owed := keyvault._credits_owed(plan, r.payer, cost_usd);
+        RETURN;
+    ELSIF input_tokens IS NULL THEN
+        -- An answer that does not say what it used is charged as estimated, never silently free.
+        cost_usd := r.estimated_usd;
+        owed := (SELECT h.reserved FROM keyvault.credit_holds h WHERE h.user_id = r.user_id AND h.id = r.hold_id);
+        owed := coalesce(owed, CASE WHEN r.hold_id IS NULL THEN 0 ELSE keyvault._credits_owed(plan, r.payer, cost_usd) END);
+        claimed := owed;
+        RETURN;
+    END IF;
+    listed := keyvault._find_price(r.provider, r.model, now());
+    IF listed.model IS NULL THEN
+        listed := keyvault._find_price(r.provider, model, now());
+        used_model := CASE WHEN listed.model IS NULL THEN r.model ELSE model END;
+    END IF;
+    bill := keyvault._price_use(r.user_id, r.provider, used_model, r.payer, now(), input_tokens, cached_tokens, output_tokens, NULL, NULL, NULL, 0, true);
+    claimed := bill.credits;
+    IF bill.usd > r.estimated_usd THEN
+        -- Images, files and searches are more tokens than bytes, but a model reads no more than its window at once.
+        SELECT * INTO asked FROM keyvault._output_limit(r.body);
+        input_most := octet_length(r.body::text) + coalesce(listed.context_window, usual_most);
+        output_most := coalesce(asked.tokens + beside_limit, least(listed.context_window, usual_most)) * asked.answers;
+        IF input_tokens > input_most OR output_tokens > output_most THEN
+            price := jsonb_build_object('claimed', jsonb_build_object('input', input_tokens, 'cached_input', cached_tokens, 'output', output_tokens));
+            input_tokens := least(input_tokens, input_most);
+            cached_tokens := least(cached_tokens, input_tokens);
+            output_tokens := least(output_tokens, output_most);
+            bill := keyvault._price_use(r.user_id, r.provider, used_model, r.payer, now(), input_tokens, cached_tokens, output_tokens, NULL, NULL, NULL, 0, true);
+        END IF;
+    END IF;
+    cost_usd := bill.usd;
+    owed := bill.credits;
+    price := bill.price || coalesce(price, '{}');
+END $$;
+REVOKE ALL ON FUNCTION keyvault._bill_request(r keyvault.requests, model text, INOUT input_tokens bigint, INOUT cached_tokens bigint, INOUT output_tokens bigint, INOUT cost_usd numeric, OUT owed numeric, OUT claimed numeric, OUT price jsonb) FROM PUBLIC;
+
+COMMENT ON FUNCTION keyvault._bill_request(keyvault.requests, text, bigint, bigint, bigint, numeric) IS
+    'What an answer that names a model, tokens or a cost in USD makes its request cost: the tokens and USD that are believed, the credits owed for them, those for all that is claimed, and the price for usage_records.price.';
+
+CREATE FUNCTION keyvault._address_request(provider keyvault.providers, INOUT path text, INOUT model text, INOUT body jsonb)
+    LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    in_body text := regexp_replace(body ->> 'model', '^models/', '');
+    -- Where a path of this provider's names the model, as its default path has it: behind "models/", say.
+    place text := substring(provider.default_path FROM '/[^/]*/(?=[{]model[}])');
+    in_path text;
+BEGIN
+    path := coalesce(path, provider.default_path);
+    IF path IS NULL OR path !~ '^/[!-~]*$' OR path ~ '(^|/)[.][.](/|$)|#' OR strpos(path, chr(92)) > 0 THEN
+        RAISE EXCEPTION 'a request to provider "%" needs a path that begins with "/"', provider.provider
+            USING ERRCODE = 'invalid_parameter_value', HINT = 'Pass the path of the provider''s API, without its host.';
+    END IF;
+    IF path LIKE '%{model}%' THEN
+        model := coalesce(model, in_body);
+        IF model IS NULL OR model !~ '^[A-Za-z0-9][A-Za-z0-9._-]*$' THEN
+            RAISE EXCEPTION 'a request to provider "%" needs a model', provider.provider
+                USING ERRCODE = 'invalid_parameter_value', HINT = 'Pass model => ''name''; letters, digits, ".", "_" and "-".';
+        END IF;
+        path := replace(path, '{model}', model);
+        body := body - 'model';
+        RETURN;
+    END IF;
+    in_path := substring(split_part(path, place, 2) FROM '^[^/:?]+');
+    IF coalesce(in_path <> model, false) OR coalesce(in_path <> in_body, false)
+       OR (provider.dialect = 'json' AND coalesce(model <> in_body, false))
+    THEN
+        RAISE EXCEPTION 'a request must not name two models'
+            USING ERRCODE = 'invalid_parameter_value',
+                  HINT = 'The path, the body and the argument model name the same, which is what the call costs and what budgets count.';
+    END IF;
+    IF in_path IS NULL AND model IS NOT NULL AND provider.dialect <> 'json' THEN
+        body := body || jsonb_build_object('model', model);
+    END IF;
+    model := coalesce(in_path, model, in_body);
+END $$;
+REVOKE ALL ON FUNCTION keyvault._address_request(provider keyvault.providers, INOUT path text, INOUT model text, INOUT body jsonb) FROM PUBLIC;
+
+COMMENT ON FUNCTION keyvault._address_request(keyvault.providers, text, text, jsonb) IS
+    'The path, model and body of a request as they are sent and priced: a path that names the model decides which it is. Error: 22023.';
+
 CREATE OR REPLACE FUNCTION keyvault._choose_key(user_id text, provider text, key_name text, INOUT payer text, OUT api_key_id uuid)
     LANGUAGE plpgsql STABLE
     SET search_path = pg_catalog, pg_temp
@@ -2781,13 +2955,12 @@ DECLARE
     p keyvault.providers;
     u keyvault.users;
     earlier uuid;
-    the_model text := coalesce($6, $4 ->> 'model');
-    the_body jsonb := $4;
+    the_model text;
+    the_body jsonb;
     the_path text;
     key record;
-    estimate numeric;
+    estimate record;
     hold uuid;
-    owed numeric;
 BEGIN
     SELECT * INTO p FROM keyvault.providers WHERE provider = $3;
     IF NOT FOUND THEN
@@ -2807,22 +2980,7 @@ BEGIN
             HINT = 'auto uses the user''s own key if there is one, else the platform''s.';
     END IF;
 
-    the_path := coalesce($5, p.default_path);
-    IF the_path IS NULL OR the_path !~ '^/[!-~]*$' OR the_path ~ '(^|/)[.][.](/|$)|#' OR strpos(the_path, chr(92)) > 0 THEN
-        RAISE EXCEPTION 'a request to provider "%" needs a path that begins with "/"', $3
-            USING ERRCODE = 'invalid_parameter_value', HINT = 'Pass the path of the provider''s API, without its host.';
-    END IF;
-    IF the_path LIKE '%{model}%' THEN
-        IF the_model IS NULL OR the_model !~ '^[A-Za-z0-9][A-Za-z0-9._-]*$' THEN
-            RAISE EXCEPTION 'a request to provider "%" needs a model', $3
-                USING ERRCODE = 'invalid_parameter_value', HINT = 'Pass model => ''name''; letters, digits, ".", "_" and "-".';
-        END IF;
-        the_path := replace(the_path, '{model}', the_model);
-        the_body := the_body - 'model';
-    ELSIF $6 IS NOT NULL AND p.dialect <> 'json' THEN
-        the_body := the_body || jsonb_build_object('model', $6);
-    END IF;
-
+    SELECT a.path, a.model, a.body INTO the_path, the_model, the_body FROM keyvault._address_request(p, $5, $6, $4) a;
     IF octet_length($10) NOT BETWEEN 1 AND 255 THEN
         RAISE EXCEPTION 'idempotency key must be 1 to 255 bytes long' USING ERRCODE = 'invalid_parameter_value',
             HINT = 'Leave it out for a request that may be repeated.';
@@ -2852,16 +3010,15 @@ BEGIN
             USING ERRCODE = 'insufficient_privilege',
                   HINT = 'An administrator opens a path in keyvault.providers.platform_paths; a user''s own key may call any.';
     END IF;
-    estimate := keyvault._estimate_usd(p, the_model, the_body);
-    owed := keyvault._credits_owed(u.plan, key.payer, estimate);
+    estimate := keyvault._estimate_request($1, p, the_model, key.payer, the_body);
     -- Without credits to set aside, budgets in USD may still have to be.
-    IF owed > 0 OR EXISTS (SELECT FROM keyvault.credit_budgets g WHERE g.user_id = $1) THEN
-        hold := keyvault._hold_credits($1, owed, 'infinity', false, the_model, estimate);
+    IF estimate.credits > 0 OR EXISTS (SELECT FROM keyvault.credit_budgets g WHERE g.user_id = $1) THEN
+        hold := keyvault._hold_credits($1, estimate.credits, 'infinity', false, the_model, estimate.usd);
     END IF;
     INSERT INTO keyvault.requests (user_id, id, provider, model, type, path, payer, api_key_id, call_key, timeout_ms,
                                    hold_id, estimated_usd, idempotency_key, metadata, body)
     VALUES ($1, $2, $3, the_model, CASE p.dialect WHEN 'json' THEN 'api' ELSE 'chat' END, the_path, key.payer, key.api_key_id, $8,
-            $11, hold, estimate, $10, coalesce($12, '{}'), the_body)
+            $11, hold, estimate.usd, $10, coalesce($12, '{}'), the_body)
     ON CONFLICT (user_id, idempotency_key) DO NOTHING;
     IF FOUND THEN
         RETURN $2;
@@ -2932,13 +3089,14 @@ AS $$
 #variable_conflict use_column
 DECLARE
     r keyvault.requests;
-    plan text;
-    asked keyvault.model_prices;
-    use record;
-    sold record;
     cost numeric := 0;
     owed numeric := 0;
+    claimed numeric := 0;
     charged numeric := 0;
+    believed_input bigint;
+    believed_cached bigint;
+    believed_output bigint;
+    price jsonb;
 BEGIN
     UPDATE keyvault.requests SET status = $4, finished_at = clock_timestamp(), error = $7, call_key = NULL
      WHERE user_id = $1 AND id = $2 AND status = 'sent' AND attempts = $3
@@ -2947,17 +3105,8 @@ BEGIN
         RETURN false;
     END IF;
     IF $4 = 'done' OR $5 BETWEEN 200 AND 299 THEN
-        SELECT u.plan INTO plan FROM keyvault.users u WHERE u.user_id = $1;
-        asked := keyvault._find_price(r.provider, r.model, now());
-        IF asked.model IS NULL THEN
-            asked := keyvault._find_price(r.provider, $8, now());
-        END IF;
-        SELECT q.usd, q.used INTO use FROM keyvault._use_usd(asked, $9, $10, $11, NULL, NULL) q WHERE $9 IS NOT NULL;
-        SELECT q.usd INTO sold
-          FROM keyvault._use_usd(keyvault._find_price(r.provider, asked.model, now(), plan), $9, $10, $11, NULL, NULL) q WHERE $9 IS NOT NULL;
-        -- An answer that does not say what it used is charged as estimated, never silently free.
-        cost := least(coalesce($12, use.usd, r.estimated_usd), 999999999);
-        owed := keyvault._credits_owed(plan, r.payer, coalesce(sold.usd, cost));
+        SELECT b.* INTO believed_input, believed_cached, believed_output, cost, owed, claimed, price
+          FROM keyvault._bill_request(r, $8, $9, $10, $11, $12) b;
     END IF;
     IF $4 = 'unknown' AND r.hold_id IS NOT NULL THEN
         -- The provider may have charged for it: the credits stay set aside for a day.
@@ -2970,9 +3119,9 @@ BEGIN
     IF $4 = 'done' OR cost > 0 THEN
         INSERT INTO keyvault.usage_records (user_id, type, provider, model, payer, input_tokens, cached_tokens, output_tokens, tokens,
                                             credits, credits_overrun, cost_usd, request_id, api_key_id, idempotency_key, metadata, hold_id, price)
-        VALUES ($1, r.type, r.provider, coalesce(r.model, $8), r.payer, $9, $10, $11, coalesce($9, 0) + coalesce($11, 0),
-                charged, owed - charged, cost, $2, r.api_key_id, r.idempotency_key, r.metadata, coalesce(r.hold_id, $2),
-                CASE WHEN $12 IS NULL THEN use.used END);
+        VALUES ($1, r.type, r.provider, coalesce(r.model, $8), r.payer, believed_input, believed_cached, believed_output,
+                coalesce(believed_input, 0) + coalesce(believed_output, 0), charged, claimed - charged, cost, $2, r.api_key_id,
+                r.idempotency_key, r.metadata, coalesce(r.hold_id, $2), price);
     END IF;
     INSERT INTO keyvault.responses (user_id, id, status, status_code, body, error, model, input_tokens, cached_tokens, output_tokens,
                                     cost_usd, credits, payer)

@@ -142,6 +142,12 @@ SELECT notice_at FROM keyvault.credit_balances WHERE user_id = 'ho_org';
 SELECT keyvault.set_budget('ho_org', NULL, scope => 'model', target => 'gpt-5') IS NOT NULL, keyvault.set_budget('ho_org', NULL, 'day', scope => 'member', target => 'ann') IS NOT NULL,
        keyvault.set_budget('ho_org', NULL, 'month', 'usd', 'issued_key', '00000000-0000-7000-8000-0000000000aa') IS NOT NULL;
 SELECT notice_at FROM keyvault.credit_balances WHERE user_id = 'ho_org';
+-- a model's budget counts its dated names too, as prices do, and no other model
+SELECT keyvault.upsert_user('ho_m', plan => 'pro') IS NOT NULL AS made, keyvault.set_budget('ho_m', 10, scope => 'model', target => 'gpt-5') IS NOT NULL;
+INSERT INTO keyvault.usage_records (user_id, model, credits) VALUES ('ho_m', 'gpt-5-2025-08-07', 4), ('ho_m', 'gpt-5-latest', 3), ('ho_m', 'gpt-5-mini', 50), ('ho_m', 'gpt-5.1-20251113', 50);
+SELECT * FROM pg_temp.budgets WHERE user_id = 'ho_m';
+SELECT state, message FROM pg_temp.refusal($$INSERT INTO keyvault.usage_records (user_id, model, credits) VALUES ('ho_m', 'gpt-5-20250807', 4)$$);
+SELECT state FROM pg_temp.refusal($$SELECT keyvault.reserve_credits(4, user_id => 'ho_m', model => 'gpt-5-2025-08-07')$$);
 SELECT s.state FROM (VALUES ('1', 'week', 'credits', 'user', NULL), ('1', 'day', 'eur', 'user', NULL), ('1', 'day', 'usd', 'team', 'x'), ('1', 'day', 'usd', 'user', 'x'),
                             ('1', 'day', 'usd', 'model', NULL), ('-1', 'day', 'usd', 'user', NULL), ('1', NULL, 'usd', 'user', NULL), ('1', 'day', 'usd', 'issued_key', 'x')) v(amount, per, unit, scope, target),
        LATERAL pg_temp.refusal(format('SELECT keyvault.set_budget(''ho_org'', %L, %L, %L, %L, %L)', amount, per, unit, scope, target)) s;

@@ -66,6 +66,17 @@ SELECT state, message FROM pg_temp.refusal($$INSERT INTO keyvault.usage_records 
 INSERT INTO keyvault.usage_records (user_id, model, tokens) VALUES ('pr_l', 'gpt-99', 1);
 SELECT credits::float, cost_usd::float, price FROM keyvault.usage_records WHERE user_id = 'pr_l';
 
+-- Nor is a known model whose use states no tokens; a stated 0 is one. What has a price without tokens needs none.
+INSERT INTO keyvault.usage_records (user_id, type, model) VALUES ('pr_a', 'chat', 'gpt-5');
+INSERT INTO keyvault.usage_records (user_id, provider, model, units) VALUES ('pr_a', 'openai', 'gpt-5', 3);
+INSERT INTO keyvault.usage_records (user_id, model, input_tokens) VALUES ('pr_a', 'gpt-5', 0);
+INSERT INTO keyvault.usage_records (user_id, provider, model) VALUES ('pr_a', 'acme', 'tiered');
+INSERT INTO keyvault.usage_records (user_id, model) VALUES ('pr_m', 'gpt-5-mini');
+SELECT credits::float, cost_usd::float, price FROM keyvault.usage_records WHERE model = 'gpt-5' AND user_id = 'pr_a' OR model IN ('tiered', 'gpt-5-mini') AND user_id LIKE 'pr\__' AND tokens = 0 AND input_tokens IS NULL ORDER BY id;
+INSERT INTO keyvault.usage_records (user_id, model) VALUES ('pr_l', 'gpt-5');
+SELECT state, message FROM pg_temp.refusal($$INSERT INTO keyvault.usage_records (user_id, model) VALUES ('pr_s', 'gpt-5')$$);
+INSERT INTO keyvault.usage_records (user_id, model, cost_usd) VALUES ('pr_s', 'gpt-5', 0.1);
+
 -- record_usage: priced or not, once per idempotency key.
 SELECT keyvault.record_usage('chat', 'gpt-5-mini', 1000, 500, user_id => 'pr_r') AS priced \gset
 SELECT keyvault.record_usage('chat', 'gpt-5-mini', 1000, 500, 7.5, 'pr_r', 'call-1', '{"a": 1}') AS stated \gset

@@ -125,8 +125,8 @@ SELECT r.status, u.credits = r.estimated_usd * 1000 AS as_estimated, h.expires_a
 SELECT status FROM keyvault.api_keys WHERE user_id = '' AND provider = 'openai';
 
 -- The estimate takes the largest limit, times the answers asked for.
-SELECT keyvault._estimate_usd(p, 'gpt-5-mini', '{"max_tokens": 1000, "max_completion_tokens": 1, "n": 3}')
-     = keyvault._estimate_usd(p, 'gpt-5-mini', '{"max_tokens": 3000, "max_completion_tokens": 1, "n": 1}') AS same
+SELECT keyvault._estimate_request('rq_o', p, 'gpt-5-mini', 'platform', '{"max_tokens": 1000, "max_completion_tokens": 1, "n": 3}')
+     = keyvault._estimate_request('rq_o', p, 'gpt-5-mini', 'platform', '{"max_tokens": 3000, "max_completion_tokens": 1, "n": 1}') AS same
   FROM keyvault.providers p WHERE provider = 'openai';
 -- With the platform's key only paths that an administrator opened; with one's own any.
 SELECT keyvault.request('openai', '{}', path => '/v1/files', user_id => 'rq_o');

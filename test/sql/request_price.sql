@@ -1,0 +1,107 @@
+-- What calls are held, charged and believed, with no worker to send anything.
+SET client_min_messages = warning;
+CREATE EXTENSION IF NOT EXISTS keyvault CASCADE;
+RESET client_min_messages;
+\set VERBOSITY terse
+CREATE FUNCTION pg_temp.refusal(statement text) RETURNS TABLE (state text, message text) LANGUAGE plpgsql AS $$
+BEGIN
+    EXECUTE statement;
+EXCEPTION WHEN OTHERS THEN
+    GET STACKED DIAGNOSTICS state = RETURNED_SQLSTATE, message = MESSAGE_TEXT;
+    RETURN NEXT;
+END $$;
+-- An answer to a request, as the worker settles it.
+CREATE FUNCTION pg_temp.answer(request uuid, model text, input bigint, cached bigint, output bigint, usd numeric = NULL) RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+    who text;
+    told text;
+BEGIN
+    UPDATE keyvault.requests SET status = 'sent', attempts = 1 WHERE id = request RETURNING user_id INTO who;
+    ASSERT keyvault._settle_request(who, request, 1, 'done', 200, '{}', NULL, model, input, cached, output, usd, false);
+    SELECT format('%s: %s + %s = %s tokens, %s USD, %s credits, %s overrun', u.model, u.input_tokens, u.output_tokens, u.tokens, trim_scale(u.cost_usd),
+                  trim_scale(u.credits), trim_scale(u.credits_overrun)) INTO STRICT told FROM keyvault.usage_records u WHERE u.request_id = request;
+    RETURN told;
+END $$;
+CREATE VIEW pg_temp.asked AS
+SELECT r.user_id, r.provider, r.path, r.model, r.body, trim_scale(r.estimated_usd) AS estimated_usd, trim_scale(h.reserved) AS held, trim_scale(h.cost_usd) AS held_usd
+  FROM keyvault.requests r LEFT JOIN keyvault.credit_holds h ON h.user_id = r.user_id AND h.id = r.hold_id WHERE r.user_id LIKE 'rp\_%' ORDER BY r.id;
+INSERT INTO keyvault.plans (plan, monthly_credits, unknown_model) VALUES ('rp_plain', NULL, 'charge'), ('rp_strict', NULL, 'refuse'), ('rp_lenient', NULL, 'allow');
+SELECT keyvault.upsert_user('rp_a', plan => 'rp_plain') IS NOT NULL AS made, keyvault.upsert_user('rp_s', plan => 'rp_strict') IS NOT NULL,
+       keyvault.upsert_user('rp_l', plan => 'rp_lenient') IS NOT NULL;
+SELECT count(keyvault.store_platform_key(p, k)) FROM (VALUES ('openai', 'sk-regress-platform'), ('gemini', 'AIza-regress-platform'), ('exa', 'regress-platform-exa')) v(p, k);
+
+-- A model without a price: what the plan says, when the request is queued and when its answer is there.
+SELECT keyvault.request('openai', '{"model": "gpt-99", "max_tokens": 1000}', user_id => 'rp_a') AS charged \gset
+SELECT keyvault.request('openai', '{"model": "gpt-99", "max_tokens": 1000}', user_id => 'rp_l') AS allowed \gset
+SELECT * FROM pg_temp.refusal($$SELECT keyvault.request('openai', '{"model": "gpt-99"}', user_id => 'rp_s')$$);
+SELECT keyvault.request('openai', '{"model": "gpt-5-mini", "max_tokens": 1000}', user_id => 'rp_s') AS priced \gset
+SELECT user_id, model, estimated_usd, held FROM pg_temp.asked;
+SELECT pg_temp.answer(:'charged', 'gpt-99', 10, 0, 990);
+SELECT pg_temp.answer(:'allowed', 'gpt-99', 10, 0, 990);
+-- one that has lost its price since is not free for it
+BEGIN;
+DELETE FROM keyvault.model_prices WHERE model = 'gpt-5-mini';
+SELECT pg_temp.answer(:'priced', 'gpt-99', 10, 0, 990);
+SELECT price FROM keyvault.usage_records WHERE user_id LIKE 'rp\_%' ORDER BY id;
+ROLLBACK;
+-- an answer may name the model better than the request
+SELECT keyvault.request('openai', '{"model": "best-of-today"}', user_id => 'rp_a') AS alias \gset
+SELECT pg_temp.answer(:'alias', 'gpt-5-mini-2025-08-07', 1000, 0, 1000);
+-- a call that names no model, and one whose provider counts no tokens
+SELECT keyvault.request('openai', '{}', user_id => 'rp_s') AS nameless \gset
+SELECT keyvault.request('exa', '{"query": "x"}', user_id => 'rp_s') AS search \gset
+SELECT keyvault.request('exa', '{"query": "x", "model": "exa-99"}', user_id => 'rp_a') AS named_search \gset
+SELECT pg_temp.answer(:'nameless', 'gpt-5-mini', 1000, 0, 1000);
+SELECT pg_temp.answer(:'search', NULL, NULL, NULL, NULL), pg_temp.answer(:'named_search', NULL, NULL, NULL, NULL);
+
+-- What an answer claims is believed as far as the request allows it; the rest is overrun, and noted.
+SELECT keyvault.request('openai', '{"model": "gpt-5-mini", "max_tokens": 1000, "n": 2}', user_id => 'rp_a') AS limited \gset
+SELECT keyvault.request('openai', '{"model": "gpt-5-mini"}', user_id => 'rp_a') AS unlimited \gset
+SELECT keyvault.request('openai', '{"model": "gpt-5-mini"}', user_id => 'rp_a') AS input_only \gset
+SELECT keyvault.request('openai', '{"model": "gpt-5-mini", "max_tokens": 1000}', user_id => 'rp_a') AS image \gset
+SELECT keyvault.request('openai', '{"model": "gpt-99"}', user_id => 'rp_a') AS unknown \gset
+SELECT context_window FROM keyvault.model_prices WHERE provider = 'openai' AND model = 'gpt-5-mini';
+SELECT pg_temp.answer(:'limited', NULL, 999999999, 999999999, 999999999);
+SELECT pg_temp.answer(:'unlimited', NULL, 999999999, 0, 999999999);
+SELECT pg_temp.answer(:'input_only', NULL, 999999999, 0, 0);
+SELECT pg_temp.answer(:'image', NULL, 300000, 0, 1000);
+SELECT pg_temp.answer(:'unknown', NULL, 999999999, 0, 999999999);
+SELECT price -> 'claimed' AS claimed FROM keyvault.usage_records WHERE request_id IN (:'limited', :'unlimited', :'input_only', :'image', :'unknown') ORDER BY id;
+SELECT input_tokens, cached_tokens, output_tokens FROM keyvault.responses WHERE id = :'limited';
+SELECT keyvault.request('exa', '{"query": "x"}', user_id => 'rp_a') AS dear, keyvault.request('exa', '{"query": "x"}', user_id => 'rp_a') AS hostile,
+       keyvault.request('exa', '{"query": "x"}', user_id => 'rp_a') AS free \gset
+SELECT pg_temp.answer(:'dear', NULL, NULL, NULL, NULL, 0.5), pg_temp.answer(:'hostile', NULL, NULL, NULL, NULL, 1e30), pg_temp.answer(:'free', NULL, NULL, NULL, NULL, 0);
+SELECT price FROM keyvault.usage_records WHERE request_id IN (:'dear', :'hostile', :'free') ORDER BY id;
+-- nor does it use up a budget in USD
+SELECT keyvault.set_budget('rp_b', 1, 'day', 'usd') IS NOT NULL AS made;
+SELECT keyvault.request('openai', '{"model": "gpt-5-mini", "max_tokens": 1000}', user_id => 'rp_b') AS budgeted \gset
+SELECT pg_temp.answer(:'budgeted', NULL, 999999999, 0, 999999999);
+SELECT trim_scale(spent) AS spent FROM keyvault.budget_status WHERE user_id = 'rp_b';
+
+-- A plan's own price makes the hold, and what an answer without usage costs.
+INSERT INTO keyvault.plan_prices (plan, provider, model, input_usd_per_mtok, output_usd_per_mtok) VALUES ('rp_plain', 'openai', 'gpt-5-mini', 2.5, 20);
+SELECT keyvault.request('openai', '{"model": "gpt-5-mini-2025-08-07", "max_tokens": 1000}', user_id => 'rp_a') AS sold \gset
+SELECT model, estimated_usd, held, held_usd FROM pg_temp.asked WHERE user_id = 'rp_a' AND held IS NOT NULL;
+SELECT pg_temp.answer(:'sold', NULL, NULL, NULL, NULL);
+SELECT keyvault.request('openai', '{"model": "gpt-5-mini", "max_tokens": 1000}', user_id => 'rp_a') AS sold \gset
+SELECT pg_temp.answer(:'sold', NULL, 12, 0, 1000);
+
+-- The model that the path names is the one that is called: no other may be priced in its place.
+SELECT s.* FROM (VALUES ('{"model": "gemini-2.5-flash-lite"}', '/v1beta/models/gemini-2.5-pro:generateContent', NULL),
+                        ('{"model": "models/gemini-2.5-flash-lite"}', '/v1beta/models/gemini-2.5-pro:generateContent', NULL),
+                        ('{}', '/v1beta/models/gemini-2.5-pro:generateContent', 'gemini-2.5-flash-lite')) c(body, path, model),
+       LATERAL pg_temp.refusal(format('SELECT keyvault.request(''gemini'', %L, path => %L, model => %L, user_id => ''rp_g'')', body, path, model)) s;
+SELECT * FROM pg_temp.refusal($$SELECT keyvault.request('exa', '{"model": "dear"}', model => 'cheap', user_id => 'rp_g')$$);
+SELECT keyvault.request('gemini', '{}', path => '/v1beta/models/gemini-2.5-pro:generateContent', user_id => 'rp_g') IS NOT NULL AS queued,
+       keyvault.request('gemini', '{"model": "models/gemini-2.5-pro"}', path => '/v1beta/models/gemini-2.5-pro:generateContent', user_id => 'rp_g') IS NOT NULL,
+       keyvault.request('gemini', '{"model": "models/gemini-2.5-pro"}', user_id => 'rp_g') IS NOT NULL,
+       keyvault.request('gemini', '{"model": "gemini-2.5-flash"}', path => '/v1/models/gemini-2.5-flash:generateContent', api_key => 'AIza-regress-one-call', user_id => 'rp_g') IS NOT NULL,
+       keyvault.request('openai', '{"model": "gpt-5"}', model => 'gpt-5-mini', user_id => 'rp_g') IS NOT NULL;
+SELECT path, model, body, held IS NOT NULL AS held FROM pg_temp.asked WHERE user_id = 'rp_g';
+
+SELECT * FROM keyvault.verify_ledger() WHERE user_id LIKE 'rp\_%';
+SELECT count(keyvault.cancel_request(id)) FROM keyvault.requests WHERE user_id LIKE 'rp\_%' AND status = 'queued';
+DELETE FROM keyvault.api_keys WHERE user_id = '';
+SELECT count(keyvault.set_plan(user_id, 'free')) FROM keyvault.users WHERE plan LIKE 'rp\_%';
+DELETE FROM keyvault.plan_prices WHERE plan LIKE 'rp\_%';
+DELETE FROM keyvault.plans WHERE plan LIKE 'rp\_%';
