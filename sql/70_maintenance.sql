@@ -65,6 +65,10 @@ BEGIN
         WHEN 'retention' THEN
             detail := 'retired ' || keyvault._retire_usage();
             done := (detail IS NOT NULL)::integer;
+            IF done = 0 THEN
+                done := keyvault._retire_late_usage(batch);
+                detail := CASE WHEN done > 0 THEN 'late records retired' END;
+            END IF;
             more := done > 0;
         WHEN 'reset' THEN
             -- Few at a time: a debit of one of them waits for the batch.

@@ -1939,14 +1939,15 @@ AS $$
 DECLARE
     month timestamptz;
     this_month timestamptz := date_trunc('month', now(), 'UTC');
+    movable constant integer := 10000;
     made integer := 0;
 BEGIN
     FOR i IN 0 .. ahead LOOP
         month := keyvault._period_bound(this_month, i);
-        -- While a month is written to, its rows stay where they are.
+        -- Inserts wait while rows are moved: more than a few stay where they are while the month is written to.
         IF to_regclass('keyvault.' || keyvault._usage_partition_name(month)) IS NULL
            AND NOT EXISTS (SELECT FROM keyvault.usage_records_default
-                            WHERE created_at >= month AND created_at < keyvault._period_bound(month, 1))
+                            WHERE created_at >= month AND created_at < keyvault._period_bound(month, 1) OFFSET movable)
         THEN
             PERFORM keyvault._make_usage_partition(month);
             made := made + 1;
@@ -1956,7 +1957,7 @@ BEGIN
 END $$;
 
 COMMENT ON FUNCTION keyvault._make_usage_partitions(integer) IS
-    'Makes the partitions of usage_records for this month, where it has no rows yet, and the months ahead; returns how many were made.';
+    'Makes the partitions of usage_records for this month and the months ahead, but for those of which more than 10000 rows are in the default partition already; returns how many were made.';
 
 CREATE FUNCTION keyvault._usage_kept_from() RETURNS timestamptz
     LANGUAGE sql STABLE
@@ -1967,7 +1968,7 @@ REVOKE ALL ON FUNCTION keyvault._usage_kept_from() FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault._usage_kept_from() IS 'The first month that keyvault.usage_retention keeps; -infinity keeps all.';
 
-CREATE FUNCTION keyvault._settle_default_partition(max_rows bigint = 50000) RETURNS text
+CREATE FUNCTION keyvault._settle_default_partition(max_rows bigint = 10000) RETURNS text
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
@@ -1992,6 +1993,23 @@ REVOKE ALL ON FUNCTION keyvault._settle_default_partition(max_rows bigint) FROM 
 COMMENT ON FUNCTION keyvault._settle_default_partition(bigint) IS
     'Gives the oldest ended month that has rows in the default partition, max_rows at most (NULL for any number), a partition of its own, and returns its name; NULL when there is none. Inserts wait meanwhile. Error: 55P03 when a lock is not to be had within 100 ms.';
 
+CREATE FUNCTION keyvault._require_read_committed() RETURNS void
+    LANGUAGE plpgsql STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    IF current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
+        RAISE EXCEPTION 'usage records are retired at isolation level read committed only'
+            USING ERRCODE = 'invalid_transaction_state',
+                  DETAIL = 'Records that were committed after the transaction''s snapshot would be left out of the sums.',
+                  HINT = 'SET default_transaction_isolation = ''read committed'', or begin the transaction so.';
+    END IF;
+END $$;
+
+COMMENT ON FUNCTION keyvault._require_read_committed() IS 'Raises 25000 in a transaction that keeps its first snapshot.';
+
+REVOKE ALL ON FUNCTION keyvault._require_read_committed() FROM PUBLIC;
+
 CREATE FUNCTION keyvault._retire_usage(kept_from timestamptz = NULL) RETURNS text
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
@@ -2004,6 +2022,7 @@ DECLARE
     last_month timestamptz;
     counted boolean;
 BEGIN
+    PERFORM keyvault._require_read_committed();
     SELECT c.oid, ((to_date(right(c.relname, 7), 'YYYY_MM') + interval '1 month')::timestamp AT TIME ZONE 'UTC')
       INTO partition, last_month
       FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
@@ -2050,7 +2069,64 @@ END $$;
 REVOKE ALL ON FUNCTION keyvault._retire_usage(kept_from timestamptz) FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault._retire_usage(timestamptz) IS
-    'Detaches, or drops, the oldest partition before kept_from, by default what keyvault.usage_retention does not keep, after its sums were put into usage_retired; returns its name. NULL when there is none, or its records are still needed: for an open period, or by the roll-up. Error: 55P03 when a lock is not to be had within 100 ms.';
+    'Detaches, or drops, the oldest partition before kept_from, by default what keyvault.usage_retention does not keep, after its sums were put into usage_retired; returns its name. NULL when there is none, or its records are still needed: for an open period, or by the roll-up. Errors: 25000 above READ COMMITTED, 55P03 when a lock is not to be had within 100 ms.';
+
+CREATE FUNCTION keyvault._retire_late_usage(batch integer = 10000, kept_from timestamptz = NULL) RETURNS bigint
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+    SET lock_timeout = '100ms'
+AS $$
+DECLARE
+    first_kept constant timestamptz := coalesce(kept_from, keyvault._usage_kept_from());
+    state keyvault.usage_rollup;
+    retired bigint;
+BEGIN
+    PERFORM keyvault._require_read_committed();
+    -- A period that is open is proved from its records.
+    IF EXISTS (SELECT FROM keyvault.credit_balances b WHERE b.period_start < first_kept)
+       OR NOT EXISTS (SELECT FROM keyvault.usage_records_default d WHERE d.created_at < first_kept)
+    THEN
+        RETURN 0;
+    END IF;
+    SELECT * INTO state FROM keyvault.usage_rollup FOR NO KEY UPDATE SKIP LOCKED;
+    IF NOT FOUND THEN
+        RETURN 0;
+    END IF;
+    -- Keeps writers out of the default partition alone, where the months that are written to have none of their rows.
+    ALTER TABLE keyvault.usage_records_default DISABLE TRIGGER refuse_change;
+    WITH gone AS MATERIALIZED (
+        DELETE FROM keyvault.usage_records_default d
+         WHERE d.ctid = ANY (ARRAY(SELECT o.ctid FROM keyvault.usage_records_default o
+                                    WHERE o.created_at < first_kept
+                                      AND NOT (o.debit_tag >= state.rolled_to AND o.debit_tag < state.tag_base + (1::bigint << 48))
+                                    LIMIT batch))
+        RETURNING d.*
+    ), days AS MATERIALIZED (
+        SELECT r.user_id, (r.created_at AT TIME ZONE 'UTC')::date AS day, coalesce(r.provider, '') AS provider,
+               coalesce(r.model, '') AS model, r.type, r.payer, count(*) AS calls, sum(r.input_tokens) AS input_tokens,
+               sum(r.cached_tokens) AS cached_tokens, sum(r.output_tokens) AS output_tokens, sum(r.tokens) AS tokens,
+               sum(r.credits) AS credits, sum(r.credits_overrun) AS credits_overrun, sum(r.cost_usd) AS cost_usd
+          FROM gone r GROUP BY 1, 2, 3, 4, 5, 6
+    ), taken AS (
+        INSERT INTO keyvault.usage_late
+        SELECT d.user_id, d.day, d.provider, d.model, d.type, d.payer, -d.calls, -d.input_tokens, -d.cached_tokens,
+               -d.output_tokens, -d.tokens, -d.credits, -d.credits_overrun, -d.cost_usd FROM days d
+    ), kept AS (
+        INSERT INTO keyvault.usage_retired SELECT d.* FROM days d
+    ), archived AS (
+        INSERT INTO keyvault.usage_archived AS a (user_id, partition, calls, credits)
+        SELECT d.user_id, 'keyvault.usage_records_default', sum(d.calls), sum(d.credits) FROM days d GROUP BY d.user_id
+        ON CONFLICT (user_id, partition) DO UPDATE
+           SET calls = a.calls + excluded.calls, credits = a.credits + excluded.credits, archived_at = now())
+    SELECT count(*) INTO retired FROM gone;
+    ALTER TABLE keyvault.usage_records_default ENABLE ALWAYS TRIGGER refuse_change;
+    RETURN retired;
+END $$;
+
+COMMENT ON FUNCTION keyvault._retire_late_usage(integer, timestamptz) IS
+    'Deletes up to batch records before kept_from, by default what keyvault.usage_retention does not keep, from the default partition, after their sums were put into usage_retired; returns how many. 0 as well while they are needed: for an open period, or by the roll-up. Errors: 25000 above READ COMMITTED, 55P03 when a lock is not to be had within 100 ms.';
+
+REVOKE ALL ON FUNCTION keyvault._retire_late_usage(integer, timestamptz) FROM PUBLIC;
 
 ALTER TABLE keyvault.master_keys ADD COLUMN status text NOT NULL DEFAULT 'primary' CHECK (status IN ('primary', 'old', 'retired'));
 ALTER TABLE keyvault.master_keys ADD COLUMN retired_at timestamptz;
@@ -3829,6 +3905,10 @@ BEGIN
         WHEN 'retention' THEN
             detail := 'retired ' || keyvault._retire_usage();
             done := (detail IS NOT NULL)::integer;
+            IF done = 0 THEN
+                done := keyvault._retire_late_usage(batch);
+                detail := CASE WHEN done > 0 THEN 'late records retired' END;
+            END IF;
             more := done > 0;
         WHEN 'reset' THEN
             -- Few at a time: a debit of one of them waits for the batch.

@@ -251,6 +251,8 @@ start_up(KvWorker *worker, Oid database)
 	pqsignal(SIGTERM, die);
 	BackgroundWorkerUnblockSignals();
 	BackgroundWorkerInitializeConnectionByOid(database, InvalidOid, 0);
+	/* What it does under locks has to see what was committed before it had them, whatever the server's default is. */
+	SetConfigOption("default_transaction_isolation", "read committed", PGC_SUSET, PGC_S_OVERRIDE);
 	if (!kv_worker_attach(database))
 		proc_exit(0);
 

@@ -105,3 +105,54 @@ SELECT partition, calls, credits FROM keyvault.usage_archived WHERE user_id = 'l
 SELECT used FROM pg_temp.was;
 SELECT what, expected::float, found::float FROM keyvault.verify_ledger() WHERE user_id = 'le_h';
 ROLLBACK;
+
+-- Late records in the default partition are retired by rows, and the sums stay.
+BEGIN;
+UPDATE keyvault.credit_balances SET period_start = now() - interval '1 day' WHERE period_start < now() - interval '1 month';
+INSERT INTO keyvault.usage_records (user_id, created_at, type, credits, input_tokens, debit_tag)
+SELECT 'le_l', '2018-05-01 00:00+00'::timestamptz + i * interval '1 hour', 'chat', 1, nullif(i, 0), 0 FROM generate_series(0, 29) i;
+INSERT INTO keyvault.usage_records (user_id, created_at, type, credits) VALUES ('le_l', '2018-05-01 12:00+00', 'chat', 1000);
+SELECT what, expected::float, found::float FROM keyvault.verify_ledger() WHERE user_id = 'le_l';
+CREATE TEMP TABLE by_day AS SELECT * FROM keyvault.usage_by_day WHERE user_id = 'le_l';
+-- what the roll-up has not counted waits for it
+SELECT keyvault._retire_late_usage(20, '2018-06-01 00:00+00'), keyvault._retire_late_usage(20, '2018-06-01 00:00+00'), keyvault._retire_late_usage(20, '2018-06-01 00:00+00');
+SELECT count(*), sum(credits) FROM keyvault.usage_records WHERE user_id = 'le_l';
+SELECT count(*) FROM (TABLE by_day EXCEPT SELECT * FROM keyvault.usage_by_day) d;
+SELECT what, expected::float, found::float FROM keyvault.verify_ledger() WHERE user_id = 'le_l';
+SELECT partition, calls, credits FROM keyvault.usage_archived WHERE user_id = 'le_l';
+DELETE FROM keyvault.usage_records WHERE user_id = 'le_l';
+ROLLBACK;
+-- nothing while a period is open that they may count in
+BEGIN;
+INSERT INTO keyvault.usage_records (user_id, created_at, credits, debit_tag) VALUES ('le_a', '2018-05-02', 0, 0);
+UPDATE keyvault.credit_balances SET period_start = '2018-05-01', period_end = '2018-06-01' WHERE user_id = 'le_a';
+SELECT keyvault._retire_late_usage(20, '2018-06-01 00:00+00');
+ROLLBACK;
+-- a snapshot from before the lock would leave records out
+\set VERBOSITY sqlstate
+BEGIN ISOLATION LEVEL REPEATABLE READ;
+SELECT keyvault._retire_usage('2018-06-01 00:00+00');
+ROLLBACK;
+BEGIN ISOLATION LEVEL SERIALIZABLE;
+SELECT keyvault._retire_late_usage(20, '2018-06-01 00:00+00');
+ROLLBACK;
+\set VERBOSITY terse
+-- The month of the first records gets its partition in spite of them.
+BEGIN;
+CREATE TABLE pg_temp.months AS SELECT keyvault._usage_partition_name(m) AS name, m AS begins, keyvault._period_bound(m, 1) AS ends FROM (SELECT date_trunc('month', now(), 'UTC')) t(m);
+DO $$
+DECLARE
+    name text := (SELECT name FROM pg_temp.months);
+BEGIN
+    IF to_regclass('keyvault.' || name) IS NOT NULL THEN
+        EXECUTE format('ALTER TABLE keyvault.usage_records DETACH PARTITION keyvault.%I', name);
+        EXECUTE format('DROP TABLE keyvault.%I', name);
+    END IF;
+    INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('le_first', 1);
+END $$;
+SELECT tableoid::regclass FROM keyvault.usage_records WHERE user_id = 'le_first';
+SELECT keyvault._make_usage_partitions(0);
+SELECT r.tableoid::regclass::text = 'keyvault.' || m.name AS moved FROM keyvault.usage_records r, pg_temp.months m WHERE user_id = 'le_first';
+SELECT count(*) FROM keyvault.usage_records_default r, pg_temp.months m WHERE created_at >= begins AND created_at < ends;
+SELECT * FROM keyvault.verify_ledger() WHERE user_id = 'le_first';
+ROLLBACK;

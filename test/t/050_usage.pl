@@ -130,6 +130,8 @@ SKIP:
 # The worker by itself: in a database with a worker, and, when that has left, by visits.
 {
 	sql('SELECT use(10)');
+	# The worker has an isolation level of its own.
+	set_config($node, 'default_transaction_isolation', 'repeatable read');
 	set_config($node, 'keyvault.worker_idle_timeout', '100ms');
 	set_config($node, 'keyvault.maintenance_interval', '200ms');
 	my $added_up = sub { sql('SELECT (SELECT sum(calls) FROM keyvault.usage_daily) = (SELECT count(*) FROM keyvault.usage_records)') eq 't' };
