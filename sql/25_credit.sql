@@ -257,6 +257,22 @@ END $$;
 COMMENT ON FUNCTION keyvault._gather_slots(text) IS
     'Locks a user''s slots in order, makes them one again, slot 0, and returns it; NULL for a user without a balance.';
 
+CREATE FUNCTION keyvault._slots_are_free(balance keyvault.credit_balances) RETURNS boolean
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    IF balance.credits_lent > 0 THEN
+        PERFORM FROM keyvault.credit_balances b WHERE b.user_id = balance.user_id AND b.slot > 0 ORDER BY b.slot FOR UPDATE NOWAIT;
+    END IF;
+    RETURN true;
+EXCEPTION
+    WHEN lock_not_available THEN
+        RETURN false;
+END $$;
+COMMENT ON FUNCTION keyvault._slots_are_free(keyvault.credit_balances) IS
+    'Locks the further slots of a balance whose slot 0 is locked, where nobody else is changing one: then _gather_slots does not wait. For whoever holds other users'' balances as well.';
+
 CREATE FUNCTION keyvault._next_notice(balance keyvault.credit_balances) RETURNS numeric
     LANGUAGE plpgsql STABLE
     SET search_path = pg_catalog, pg_temp
@@ -456,6 +472,7 @@ DECLARE
     plain keyvault.credit_balances[];
     others keyvault.credit_balances[];
     balance keyvault.credit_balances;
+    done bigint;
 BEGIN
     IF batch IS NULL OR batch < 1 THEN
         RAISE EXCEPTION 'batch must be 1 or more' USING ERRCODE = 'invalid_parameter_value', HINT = 'Leave it out for 10000.';
@@ -486,9 +503,14 @@ BEGIN
                           FROM unnest(n.notice_percents) percent, round(n.renewed * percent / 100, 6) t(at) WHERE t.at > 0)
       FROM begun n
      WHERE b.user_id = n.user_id AND b.slot = 0;
+    done := coalesce(cardinality(plain), 0);
     FOREACH balance IN ARRAY coalesce(others, '{}') LOOP
-        PERFORM keyvault._lock_balance(balance.user_id, false);
+        -- Whoever is changing a slot may be waiting for another balance of this batch: its user's next debit does what is due.
+        IF keyvault._slots_are_free(balance) THEN
+            PERFORM keyvault._lock_balance(balance.user_id, false);
+            done := done + 1;
+        END IF;
     END LOOP;
-    RETURN coalesce(cardinality(plain), 0) + coalesce(cardinality(others), 0);
+    RETURN done;
 END $$;
 COMMENT ON FUNCTION keyvault._reset_due_credits(integer) IS 'reset_due_credits, after its caller was checked.';

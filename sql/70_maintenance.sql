@@ -11,22 +11,38 @@ SELECT * FROM (VALUES
     (6, 'rotation', '37 * * * *')) j(place, job, schedule);
 COMMENT ON VIEW keyvault._maintenance_job IS 'The jobs of maintenance in their order, and when pg_cron runs each.';
 
-CREATE FUNCTION keyvault._purge(batch integer) RETURNS bigint
+CREATE FUNCTION keyvault._purge(batch integer, OUT purged bigint, OUT more boolean)
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     retention constant interval := current_setting('keyvault.response_retention')::interval;
     kept_from constant timestamptz := now() - retention;
-    holder text;
-    purged bigint := 0;
+    -- Few at a time: a debit of one of them waits for the batch.
+    few constant integer := least(batch, 250);
+    holders keyvault.credit_balances[];
+    holder keyvault.credit_balances;
+    gone bigint;
 BEGIN
-    FOR holder IN SELECT h.user_id FROM keyvault.credit_holds h WHERE h.expires_at <= now() AND h.amount > 0 GROUP BY 1 ORDER BY 1 LIMIT batch LOOP
-        PERFORM keyvault._lock_balance(holder, false);
-        PERFORM keyvault._sweep_holds(holder);
-        purged := purged + 1;
+    WITH expired AS MATERIALIZED (
+        SELECT DISTINCT h.user_id FROM keyvault.credit_holds h WHERE h.expires_at <= now() AND h.amount > 0
+    ), locked AS MATERIALIZED (
+        SELECT b FROM expired e JOIN keyvault.credit_balances b ON b.user_id = e.user_id AND b.slot = 0
+         ORDER BY b.user_id LIMIT few FOR NO KEY UPDATE OF b SKIP LOCKED)
+    SELECT array_agg(l.b) INTO holders FROM locked l;
+    purged := 0;
+    FOREACH holder IN ARRAY coalesce(holders, '{}') LOOP
+        IF keyvault._slots_are_free(holder) THEN
+            PERFORM keyvault._lock_balance(holder.user_id, false);
+            PERFORM keyvault._sweep_holds(holder.user_id);
+            purged := purged + 1;
+        END IF;
     END LOOP;
-    IF retention > '0' AND purged < batch THEN
+    more := purged >= few;
+    IF more THEN
+        RETURN;
+    END IF;
+    IF retention > '0' THEN
         -- An id begins with the milliseconds since 1970 at which it was made, so that the index on ids finds the oldest.
         WITH old AS (
             SELECT r.user_id, r.id FROM keyvault.requests r
@@ -37,12 +53,13 @@ BEGIN
             DELETE FROM keyvault.responses a USING old o WHERE a.user_id = o.user_id AND a.id = o.id
         ), gone AS (
             DELETE FROM keyvault.requests r USING old o WHERE r.user_id = o.user_id AND r.id = o.id RETURNING 1)
-        SELECT purged + count(*) INTO purged FROM gone;
+        SELECT count(*) INTO gone FROM gone;
+        purged := purged + gone;
+        more := gone >= batch;
     END IF;
-    RETURN purged;
 END $$;
 COMMENT ON FUNCTION keyvault._purge(integer) IS
-    'Takes the expired holds of up to batch users off their balances, and deletes up to batch requests that ended longer than keyvault.response_retention ago, with their answers; returns how many of both.';
+    'Takes the expired holds of users, 250 at most, whose balances nobody else has locked off these, then deletes up to batch requests that ended longer than keyvault.response_retention ago, with their answers; returns how many of both, and whether there are more.';
 
 CREATE FUNCTION keyvault._maintain(job text, batch integer = 10000, OUT done bigint, OUT more boolean, OUT detail text)
     LANGUAGE plpgsql
@@ -76,8 +93,7 @@ BEGIN
             more := done >= least(batch, 250);
             detail := 'balances whose period ended';
         WHEN 'purge' THEN
-            done := keyvault._purge(batch);
-            more := done >= batch;
+            SELECT p.purged, p.more INTO done, more FROM keyvault._purge(batch) p;
             detail := 'old requests, and users with expired holds';
         WHEN 'rotation' THEN
             SELECT r.done, r.more INTO done, more FROM keyvault._rotate_due(least(batch, 20)) r;

@@ -486,6 +486,25 @@ REVOKE ALL ON FUNCTION keyvault._gather_slots(user_id text) FROM PUBLIC;
 COMMENT ON FUNCTION keyvault._gather_slots(text) IS
     'Locks a user''s slots in order, makes them one again, slot 0, and returns it; NULL for a user without a balance.';
 
+CREATE FUNCTION keyvault._slots_are_free(balance keyvault.credit_balances) RETURNS boolean
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    IF balance.credits_lent > 0 THEN
+        PERFORM FROM keyvault.credit_balances b WHERE b.user_id = balance.user_id AND b.slot > 0 ORDER BY b.slot FOR UPDATE NOWAIT;
+    END IF;
+    RETURN true;
+EXCEPTION
+    WHEN lock_not_available THEN
+        RETURN false;
+END $$;
+
+COMMENT ON FUNCTION keyvault._slots_are_free(keyvault.credit_balances) IS
+    'Locks the further slots of a balance whose slot 0 is locked, where nobody else is changing one: then _gather_slots does not wait. For whoever holds other users'' balances as well.';
+
+REVOKE ALL ON FUNCTION keyvault._slots_are_free(keyvault.credit_balances) FROM PUBLIC;
+
 CREATE FUNCTION keyvault._next_notice(balance keyvault.credit_balances) RETURNS numeric
     LANGUAGE plpgsql STABLE
     SET search_path = pg_catalog, pg_temp
@@ -687,6 +706,7 @@ DECLARE
     plain keyvault.credit_balances[];
     others keyvault.credit_balances[];
     balance keyvault.credit_balances;
+    done bigint;
 BEGIN
     IF batch IS NULL OR batch < 1 THEN
         RAISE EXCEPTION 'batch must be 1 or more' USING ERRCODE = 'invalid_parameter_value', HINT = 'Leave it out for 10000.';
@@ -717,10 +737,15 @@ BEGIN
                           FROM unnest(n.notice_percents) percent, round(n.renewed * percent / 100, 6) t(at) WHERE t.at > 0)
       FROM begun n
      WHERE b.user_id = n.user_id AND b.slot = 0;
+    done := coalesce(cardinality(plain), 0);
     FOREACH balance IN ARRAY coalesce(others, '{}') LOOP
-        PERFORM keyvault._lock_balance(balance.user_id, false);
+        -- Whoever is changing a slot may be waiting for another balance of this batch: its user's next debit does what is due.
+        IF keyvault._slots_are_free(balance) THEN
+            PERFORM keyvault._lock_balance(balance.user_id, false);
+            done := done + 1;
+        END IF;
     END LOOP;
-    RETURN coalesce(cardinality(plain), 0) + coalesce(cardinality(others), 0);
+    RETURN done;
 END $$;
 REVOKE ALL ON FUNCTION keyvault._reset_due_credits(batch integer) FROM PUBLIC;
 
@@ -3849,22 +3874,38 @@ REVOKE ALL ON keyvault._maintenance_job FROM PUBLIC;
 
 COMMENT ON VIEW keyvault._maintenance_job IS 'The jobs of maintenance in their order, and when pg_cron runs each.';
 
-CREATE FUNCTION keyvault._purge(batch integer) RETURNS bigint
+CREATE FUNCTION keyvault._purge(batch integer, OUT purged bigint, OUT more boolean)
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     retention constant interval := current_setting('keyvault.response_retention')::interval;
     kept_from constant timestamptz := now() - retention;
-    holder text;
-    purged bigint := 0;
+    -- Few at a time: a debit of one of them waits for the batch.
+    few constant integer := least(batch, 250);
+    holders keyvault.credit_balances[];
+    holder keyvault.credit_balances;
+    gone bigint;
 BEGIN
-    FOR holder IN SELECT h.user_id FROM keyvault.credit_holds h WHERE h.expires_at <= now() AND h.amount > 0 GROUP BY 1 ORDER BY 1 LIMIT batch LOOP
-        PERFORM keyvault._lock_balance(holder, false);
-        PERFORM keyvault._sweep_holds(holder);
-        purged := purged + 1;
+    WITH expired AS MATERIALIZED (
+        SELECT DISTINCT h.user_id FROM keyvault.credit_holds h WHERE h.expires_at <= now() AND h.amount > 0
+    ), locked AS MATERIALIZED (
+        SELECT b FROM expired e JOIN keyvault.credit_balances b ON b.user_id = e.user_id AND b.slot = 0
+         ORDER BY b.user_id LIMIT few FOR NO KEY UPDATE OF b SKIP LOCKED)
+    SELECT array_agg(l.b) INTO holders FROM locked l;
+    purged := 0;
+    FOREACH holder IN ARRAY coalesce(holders, '{}') LOOP
+        IF keyvault._slots_are_free(holder) THEN
+            PERFORM keyvault._lock_balance(holder.user_id, false);
+            PERFORM keyvault._sweep_holds(holder.user_id);
+            purged := purged + 1;
+        END IF;
     END LOOP;
-    IF retention > '0' AND purged < batch THEN
+    more := purged >= few;
+    IF more THEN
+        RETURN;
+    END IF;
+    IF retention > '0' THEN
         -- An id begins with the milliseconds since 1970 at which it was made, so that the index on ids finds the oldest.
         WITH old AS (
             SELECT r.user_id, r.id FROM keyvault.requests r
@@ -3875,14 +3916,15 @@ BEGIN
             DELETE FROM keyvault.responses a USING old o WHERE a.user_id = o.user_id AND a.id = o.id
         ), gone AS (
             DELETE FROM keyvault.requests r USING old o WHERE r.user_id = o.user_id AND r.id = o.id RETURNING 1)
-        SELECT purged + count(*) INTO purged FROM gone;
+        SELECT count(*) INTO gone FROM gone;
+        purged := purged + gone;
+        more := gone >= batch;
     END IF;
-    RETURN purged;
 END $$;
 REVOKE ALL ON FUNCTION keyvault._purge(batch integer) FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault._purge(integer) IS
-    'Takes the expired holds of up to batch users off their balances, and deletes up to batch requests that ended longer than keyvault.response_retention ago, with their answers; returns how many of both.';
+    'Takes the expired holds of users, 250 at most, whose balances nobody else has locked off these, then deletes up to batch requests that ended longer than keyvault.response_retention ago, with their answers; returns how many of both, and whether there are more.';
 
 CREATE FUNCTION keyvault._maintain(job text, batch integer = 10000, OUT done bigint, OUT more boolean, OUT detail text)
     LANGUAGE plpgsql
@@ -3916,8 +3958,7 @@ BEGIN
             more := done >= least(batch, 250);
             detail := 'balances whose period ended';
         WHEN 'purge' THEN
-            done := keyvault._purge(batch);
-            more := done >= batch;
+            SELECT p.purged, p.more INTO done, more FROM keyvault._purge(batch) p;
             detail := 'old requests, and users with expired holds';
         WHEN 'rotation' THEN
             SELECT r.done, r.more INTO done, more FROM keyvault._rotate_due(least(batch, 20)) r;
