@@ -79,7 +79,7 @@ CREATE TABLE keyvault.credit_notices (
     PRIMARY KEY (user_id, period_start, percent)
 );
 COMMENT ON TABLE keyvault.credit_notices IS
-    'For alerts: which part of a period''s credits was used up when, once each per period. plans.notice_percents says which parts.';
+    'For alerts: which part of a period''s credits was used up when, once each per period, for three months. plans.notice_percents says which parts.';
 COMMENT ON COLUMN keyvault.credit_notices.percent IS 'Percent of monthly and extra credits together, of the time when it was reached.';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.credit_notices', '');
 

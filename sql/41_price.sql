@@ -202,7 +202,8 @@ CREATE TABLE keyvault.usage_keys (
     created_at      timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (user_id, idempotency_key)
 );
-COMMENT ON TABLE keyvault.usage_keys IS 'Which usage record an idempotency key of record_usage stands for.';
+CREATE INDEX usage_keys_made ON keyvault.usage_keys USING brin (created_at) WITH (autosummarize = on);
+COMMENT ON TABLE keyvault.usage_keys IS 'Which usage record an idempotency key of record_usage stands for, for as long as keyvault.response_retention.';
 COMMENT ON COLUMN keyvault.usage_keys.fingerprint IS 'SHA-256 of what was recorded.';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.usage_keys', '');
 ALTER TABLE keyvault.usage_keys ENABLE ROW LEVEL SECURITY;
@@ -259,4 +260,4 @@ CREATE FUNCTION keyvault.record_usage(
     LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'keyvault_record_usage';
 COMMENT ON FUNCTION keyvault.record_usage(text, text, integer, integer, numeric, text, text, jsonb, text, bigint, bigint, numeric, text, numeric, uuid, text) IS
-    'Records a use, debits its credits, and returns the usage record''s id. Without credits the use is priced by model and tokens, or by cost_usd (USD). The same idempotency_key records once and returns the same id. cached_tokens are part of input_tokens, reasoning_tokens of output_tokens. user_id NULL is the identity. Errors: KV001 credit limit or budget, 22004, 22023, 23514 bad argument, 40001 the idempotency key is in use, 42501.';
+    'Records a use, debits its credits, and returns the usage record''s id. Without credits the use is priced by model and tokens, or by cost_usd (USD). The same idempotency_key records once and returns the same id, for as long as keyvault.response_retention. cached_tokens are part of input_tokens, reasoning_tokens of output_tokens. user_id NULL is the identity. Errors: KV001 credit limit or budget, 22004, 22023, 23514 bad argument, 40001 the idempotency key is in use, 42501.';

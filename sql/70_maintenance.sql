@@ -11,6 +11,35 @@ SELECT * FROM (VALUES
     (6, 'rotation', '37 * * * *')) j(place, job, schedule);
 COMMENT ON VIEW keyvault._maintenance_job IS 'The jobs of maintenance in their order, and when pg_cron runs each.';
 
+CREATE FUNCTION keyvault._purge_aged(batch integer) RETURNS bigint
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    retention constant interval := current_setting('keyvault.response_retention')::interval;
+    purged bigint;
+BEGIN
+    WITH keys AS (
+        DELETE FROM keyvault.usage_keys k
+         WHERE k.ctid = ANY (ARRAY(SELECT o.ctid FROM keyvault.usage_keys o
+                                    WHERE retention > '0' AND o.created_at < now() - retention LIMIT batch FOR UPDATE SKIP LOCKED))
+        RETURNING 1
+    ), notices AS (
+        DELETE FROM keyvault.credit_notices n
+         WHERE n.ctid = ANY (ARRAY(SELECT o.ctid FROM keyvault.credit_notices o
+                                    WHERE o.noted_at < now() - interval '3 months' LIMIT batch FOR UPDATE SKIP LOCKED))
+        RETURNING 1
+    ), holds AS (
+        DELETE FROM keyvault.credit_holds h
+         WHERE h.ctid = ANY (ARRAY(SELECT o.ctid FROM keyvault.credit_holds o
+                                    WHERE o.amount = 0 AND o.expires_at <= now() - interval '7 days' LIMIT batch FOR UPDATE SKIP LOCKED))
+        RETURNING 1)
+    SELECT (SELECT count(*) FROM keys) + (SELECT count(*) FROM notices) + (SELECT count(*) FROM holds) INTO purged;
+    RETURN purged;
+END $$;
+COMMENT ON FUNCTION keyvault._purge_aged(integer) IS
+    'Deletes idempotency keys of usage older than keyvault.response_retention, notices of thresholds older than three months, and holds that expired a week ago and set nothing aside any more, up to batch of each; returns how many.';
+
 CREATE FUNCTION keyvault._purge(batch integer, OUT purged bigint, OUT more boolean)
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
@@ -57,9 +86,12 @@ BEGIN
         purged := purged + gone;
         more := gone >= batch;
     END IF;
+    gone := keyvault._purge_aged(batch);
+    purged := purged + gone;
+    more := more OR gone >= batch;
 END $$;
 COMMENT ON FUNCTION keyvault._purge(integer) IS
-    'Takes the expired holds of users, 250 at most, whose balances nobody else has locked off these, then deletes up to batch requests that ended longer than keyvault.response_retention ago, with their answers; returns how many of both, and whether there are more.';
+    'Takes the expired holds of users, 250 at most, whose balances nobody else has locked off these, then deletes up to batch requests that ended longer than keyvault.response_retention ago, with their answers, and what _purge_aged deletes; returns how many of all, and whether there are more.';
 
 CREATE FUNCTION keyvault._maintain(job text, batch integer = 10000, OUT done bigint, OUT more boolean, OUT detail text)
     LANGUAGE plpgsql
@@ -94,7 +126,7 @@ BEGIN
             detail := 'balances whose period ended';
         WHEN 'purge' THEN
             SELECT p.purged, p.more INTO done, more FROM keyvault._purge(batch) p;
-            detail := 'old requests, and users with expired holds';
+            detail := 'old requests and idempotency keys, and expired holds';
         WHEN 'rotation' THEN
             SELECT r.done, r.more INTO done, more FROM keyvault._rotate_due(least(batch, 20)) r;
             detail := 'keys rotated';

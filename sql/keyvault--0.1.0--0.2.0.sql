@@ -302,7 +302,7 @@ CREATE TABLE keyvault.credit_notices (
 REVOKE ALL ON keyvault.credit_notices FROM PUBLIC;
 
 COMMENT ON TABLE keyvault.credit_notices IS
-    'For alerts: which part of a period''s credits was used up when, once each per period. plans.notice_percents says which parts.';
+    'For alerts: which part of a period''s credits was used up when, once each per period, for three months. plans.notice_percents says which parts.';
 
 COMMENT ON COLUMN keyvault.credit_notices.percent IS 'Percent of monthly and extra credits together, of the time when it was reached.';
 
@@ -2786,9 +2786,11 @@ CREATE TABLE keyvault.usage_keys (
     created_at      timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (user_id, idempotency_key)
 );
+
+CREATE INDEX usage_keys_made ON keyvault.usage_keys USING brin (created_at) WITH (autosummarize = on);
 REVOKE ALL ON keyvault.usage_keys FROM PUBLIC;
 
-COMMENT ON TABLE keyvault.usage_keys IS 'Which usage record an idempotency key of record_usage stands for.';
+COMMENT ON TABLE keyvault.usage_keys IS 'Which usage record an idempotency key of record_usage stands for, for as long as keyvault.response_retention.';
 
 COMMENT ON COLUMN keyvault.usage_keys.fingerprint IS 'SHA-256 of what was recorded.';
 
@@ -2852,7 +2854,7 @@ CREATE FUNCTION keyvault.record_usage(
 REVOKE ALL ON FUNCTION keyvault.record_usage( type text, model text, input_tokens integer, output_tokens integer, credits numeric, user_id text, idempotency_key text, metadata jsonb, provider text, cached_tokens bigint, reasoning_tokens bigint, units numeric, payer text, cost_usd numeric, issued_key_id uuid, member_id text) FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault.record_usage(text, text, integer, integer, numeric, text, text, jsonb, text, bigint, bigint, numeric, text, numeric, uuid, text) IS
-    'Records a use, debits its credits, and returns the usage record''s id. Without credits the use is priced by model and tokens, or by cost_usd (USD). The same idempotency_key records once and returns the same id. cached_tokens are part of input_tokens, reasoning_tokens of output_tokens. user_id NULL is the identity. Errors: KV001 credit limit or budget, 22004, 22023, 23514 bad argument, 40001 the idempotency key is in use, 42501.';
+    'Records a use, debits its credits, and returns the usage record''s id. Without credits the use is priced by model and tokens, or by cost_usd (USD). The same idempotency_key records once and returns the same id, for as long as keyvault.response_retention. cached_tokens are part of input_tokens, reasoning_tokens of output_tokens. user_id NULL is the identity. Errors: KV001 credit limit or budget, 22004, 22023, 23514 bad argument, 40001 the idempotency key is in use, 42501.';
 
 CREATE FUNCTION keyvault._output_limit(body jsonb, OUT tokens bigint, OUT answers bigint)
     LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
@@ -3874,6 +3876,38 @@ REVOKE ALL ON keyvault._maintenance_job FROM PUBLIC;
 
 COMMENT ON VIEW keyvault._maintenance_job IS 'The jobs of maintenance in their order, and when pg_cron runs each.';
 
+CREATE FUNCTION keyvault._purge_aged(batch integer) RETURNS bigint
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    retention constant interval := current_setting('keyvault.response_retention')::interval;
+    purged bigint;
+BEGIN
+    WITH keys AS (
+        DELETE FROM keyvault.usage_keys k
+         WHERE k.ctid = ANY (ARRAY(SELECT o.ctid FROM keyvault.usage_keys o
+                                    WHERE retention > '0' AND o.created_at < now() - retention LIMIT batch FOR UPDATE SKIP LOCKED))
+        RETURNING 1
+    ), notices AS (
+        DELETE FROM keyvault.credit_notices n
+         WHERE n.ctid = ANY (ARRAY(SELECT o.ctid FROM keyvault.credit_notices o
+                                    WHERE o.noted_at < now() - interval '3 months' LIMIT batch FOR UPDATE SKIP LOCKED))
+        RETURNING 1
+    ), holds AS (
+        DELETE FROM keyvault.credit_holds h
+         WHERE h.ctid = ANY (ARRAY(SELECT o.ctid FROM keyvault.credit_holds o
+                                    WHERE o.amount = 0 AND o.expires_at <= now() - interval '7 days' LIMIT batch FOR UPDATE SKIP LOCKED))
+        RETURNING 1)
+    SELECT (SELECT count(*) FROM keys) + (SELECT count(*) FROM notices) + (SELECT count(*) FROM holds) INTO purged;
+    RETURN purged;
+END $$;
+
+COMMENT ON FUNCTION keyvault._purge_aged(integer) IS
+    'Deletes idempotency keys of usage older than keyvault.response_retention, notices of thresholds older than three months, and holds that expired a week ago and set nothing aside any more, up to batch of each; returns how many.';
+
+REVOKE ALL ON FUNCTION keyvault._purge_aged(integer) FROM PUBLIC;
+
 CREATE FUNCTION keyvault._purge(batch integer, OUT purged bigint, OUT more boolean)
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
@@ -3920,11 +3954,14 @@ BEGIN
         purged := purged + gone;
         more := gone >= batch;
     END IF;
+    gone := keyvault._purge_aged(batch);
+    purged := purged + gone;
+    more := more OR gone >= batch;
 END $$;
 REVOKE ALL ON FUNCTION keyvault._purge(batch integer) FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault._purge(integer) IS
-    'Takes the expired holds of users, 250 at most, whose balances nobody else has locked off these, then deletes up to batch requests that ended longer than keyvault.response_retention ago, with their answers; returns how many of both, and whether there are more.';
+    'Takes the expired holds of users, 250 at most, whose balances nobody else has locked off these, then deletes up to batch requests that ended longer than keyvault.response_retention ago, with their answers, and what _purge_aged deletes; returns how many of all, and whether there are more.';
 
 CREATE FUNCTION keyvault._maintain(job text, batch integer = 10000, OUT done bigint, OUT more boolean, OUT detail text)
     LANGUAGE plpgsql
@@ -3959,7 +3996,7 @@ BEGIN
             detail := 'balances whose period ended';
         WHEN 'purge' THEN
             SELECT p.purged, p.more INTO done, more FROM keyvault._purge(batch) p;
-            detail := 'old requests, and users with expired holds';
+            detail := 'old requests and idempotency keys, and expired holds';
         WHEN 'rotation' THEN
             SELECT r.done, r.more INTO done, more FROM keyvault._rotate_due(least(batch, 20)) r;
             detail := 'keys rotated';

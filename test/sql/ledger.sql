@@ -156,3 +156,19 @@ SELECT r.tableoid::regclass::text = 'keyvault.' || m.name AS moved FROM keyvault
 SELECT count(*) FROM keyvault.usage_records_default r, pg_temp.months m WHERE created_at >= begins AND created_at < ends;
 SELECT * FROM keyvault.verify_ledger() WHERE user_id = 'le_first';
 ROLLBACK;
+
+-- What nothing looks for any more is deleted.
+BEGIN;
+SELECT keyvault.record_usage('chat', 'gpt-5-mini', 10, 20, 1, 'le_k', idempotency_key => k) IS NOT NULL AS recorded FROM unnest('{old, new}'::text[]) k;
+UPDATE keyvault.usage_keys SET created_at = now() - interval '31 days' WHERE user_id = 'le_k' AND idempotency_key = 'old';
+INSERT INTO keyvault.credit_notices (user_id, period_start, percent, credits_used, credits_limit, noted_at)
+SELECT 'le_k', t, 50, 1, 2, t FROM unnest(ARRAY[now() - interval '4 months', now() - interval '2 months']) t;
+INSERT INTO keyvault.credit_holds (user_id, amount, expires_at) SELECT 'le_k', a, now() - t FROM unnest('{0, 3}'::int[]) a, unnest('{8 days, 6 days}'::interval[]) t;
+UPDATE keyvault.credit_balances SET credits_held = 6 WHERE user_id = 'le_k';
+SELECT purged >= 4 AS purged, more FROM keyvault._purge(100);
+SELECT idempotency_key FROM keyvault.usage_keys WHERE user_id = 'le_k';
+SELECT count(*) FROM keyvault.credit_notices WHERE user_id = 'le_k' AND percent = 50;
+SELECT now() - expires_at AS age, count(*), sum(amount) FROM keyvault.credit_holds WHERE user_id = 'le_k' GROUP BY 1 ORDER BY 1;
+SELECT * FROM keyvault.verify_ledger() WHERE user_id = 'le_k';
+SELECT purged, more FROM keyvault._purge(100);
+ROLLBACK;
