@@ -108,7 +108,7 @@ CREATE FUNCTION keyvault.user_api_keys(user_id text = NULL) RETURNS jsonb
     LANGUAGE c STABLE PARALLEL SAFE
     AS 'MODULE_PATHNAME', 'keyvault_user_api_keys';
 COMMENT ON FUNCTION keyvault.user_api_keys(text) IS
-    'The user''s keys named ''default'' as {"provider": "key"}, {} when there is none; NULL is the acting user. Expired keys are left out; one that cannot be opened is left out with a warning KV005. Errors: KV004, KV005 the user''s data key cannot be opened, 42501.';
+    'The user''s keys named ''default'' as {"provider": "key"}, {} when there is none; NULL is the acting user. Expired keys are left out; one that cannot be opened is left out with a warning KV005. Errors: KV004, 42501.';
 
 CREATE FUNCTION keyvault.user_api_key(provider text, user_id text = NULL, name text = 'default') RETURNS text
     LANGUAGE c STABLE PARALLEL SAFE

@@ -32,20 +32,19 @@ enum
 	DATA_KEYS_WRAPPED,
 };
 
-/* Unwrap data_key->key. Errors: KV004, KV005 the wrap is not this user's or was altered. */
 static void
-unwrap(KvDataKey *data_key, const bytea *stored)
+raise_unreadable(const KvDataKey *data_key)
 {
-	if (!kv_data_key_unwrap(data_key, stored))
-		ereport(ERROR,
-				(errcode(ERRCODE_KV_SECRET_UNREADABLE),
-				 errmsg("data key of user \"%s\" cannot be opened", data_key->user_id),
-				 errdetail("Version %u was altered, or moved from another user or vault.", data_key->version),
-				 errhint("Restore keyvault.data_keys and keyvault.vault together, from one backup.")));
+	ereport(ERROR,
+			(errcode(ERRCODE_KV_SECRET_UNREADABLE),
+			 errmsg("data key of user \"%s\" cannot be opened", data_key->user_id),
+			 errdetail("Version %u was altered, or moved from another user or vault.", data_key->version),
+			 errhint("Restore keyvault.data_keys and keyvault.vault together, from one backup.")));
 }
 
+/* A version of a user's data key, and whether its wrap is his and opens; NULL when there is none. Error: KV004. */
 static KvDataKey *
-read_data_key(const char *user_id, uint32 version)
+read_data_key(const char *user_id, uint32 version, bool *opens)
 {
 	KvIndexScan scan;
 	Datum		key = CStringGetTextDatum(user_id);
@@ -65,20 +64,21 @@ read_data_key(const char *user_id, uint32 version)
 		data_key->version = found;
 		data_key->id = *DatumGetUUIDP(kv_index_scan_value(&scan, DATA_KEYS_DATA_KEY_ID, &isnull));
 		kv_vault_id_get(&data_key->vault_id);
-		unwrap(data_key, DatumGetByteaPP(kv_index_scan_value(&scan, DATA_KEYS_WRAPPED, &isnull)));
+		*opens = kv_data_key_unwrap(data_key, DatumGetByteaPP(kv_index_scan_value(&scan, DATA_KEYS_WRAPPED, &isnull)));
 		break;
 	}
 	kv_index_scan_end(&scan);
 	return data_key;
 }
 
-/* The data key of a user with that version and id; NULL when there is none. Errors: KV004, KV005. */
+/* The data key of a user with that version and id; NULL when there is none that opens. Error: KV004. */
 KvDataKey *
 kv_data_key_find(const char *user_id, uint32 version, const uint8 *id)
 {
-	KvDataKey  *data_key = read_data_key(user_id, version);
+	bool		opens;
+	KvDataKey  *data_key = read_data_key(user_id, version, &opens);
 
-	return data_key && memcmp(data_key->id.data, id, UUID_LEN) == 0 ? data_key : NULL;
+	return data_key && opens && memcmp(data_key->id.data, id, UUID_LEN) == 0 ? data_key : NULL;
 }
 
 /* Make a version of a user's data key; NULL when it is there already. Call between kv_owner_begin and kv_owner_end. */
@@ -133,13 +133,14 @@ kv_data_key_lock(const char *user_id, bool exclusive)
 
 /*
  * The data key for a user's next secret, made if there is none yet, and kept from deletion
- * until the transaction ends. Call between kv_owner_begin and kv_owner_end.
+ * until the transaction ends. Call between kv_owner_begin and kv_owner_end. Errors: KV004, KV005.
  */
 KvDataKey *
 kv_data_key_ensure(const char *user_id)
 {
 	uint32		version = kv_data_key_lock(user_id, false);
 	KvDataKey  *data_key = NULL;
+	bool		opens;
 
 	if (version == 0)
 	{
@@ -151,7 +152,7 @@ kv_data_key_ensure(const char *user_id)
 	if (version != 0)
 	{
 		kv_owner_fresh_snapshot_begin();
-		data_key = read_data_key(user_id, version);
+		data_key = read_data_key(user_id, version, &opens);
 		kv_owner_fresh_snapshot_end();
 	}
 	if (data_key == NULL)
@@ -159,5 +160,7 @@ kv_data_key_ensure(const char *user_id)
 				(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
 				 errmsg("another transaction is making the first key of this user"),
 				 errhint("Retry the transaction.")));
+	if (!opens)
+		raise_unreadable(data_key);
 	return data_key;
 }

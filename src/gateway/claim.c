@@ -10,11 +10,11 @@
 
 #include "gateway/claim.h"
 
-#include "access/xact.h"
 #include "base/error.h"
 #include "base/owner_spi.h"
 #include "base/secret.h"
 #include "base/settings.h"
+#include "base/subtransaction.h"
 #include "catalog/pg_type.h"
 #include "gateway/call.h"
 #include "identity/user.h"
@@ -22,7 +22,6 @@
 #include "utils/builtins.h"
 #include "utils/jsonb.h"
 #include "utils/memutils.h"
-#include "utils/resowner.h"
 #include "utils/timestamp.h"
 #include "vault/call_key.h"
 #include "vault/development.h"
@@ -110,35 +109,30 @@ open_key(KvCall *call, HeapTuple row)
 	return key;
 }
 
+/* A call whose key is to be opened, and its row. */
+typedef struct KeyOfCall
+{
+	KvCall	   *call;
+	HeapTuple	row;
+} KeyOfCall;
+
+static void
+open_key_of(void *arg)
+{
+	KeyOfCall  *key = arg;
+
+	key->call->key = open_key(key->call, key->row);
+}
+
 /* open_key, but an error becomes the call's problem: it must not hold up the others. */
 static void
 try_open_key(KvCall *call, HeapTuple row)
 {
-	MemoryContext context = CurrentMemoryContext;
-	ResourceOwner owner = CurrentResourceOwner;
+	KeyOfCall	key = {call, row};
+	ErrorData  *error = kv_subtransaction_run(open_key_of, &key);
 
-	BeginInternalSubTransaction(NULL);
-	MemoryContextSwitchTo(context);
-	PG_TRY();
-	{
-		call->key = open_key(call, row);
-		ReleaseCurrentSubTransaction();
-	}
-	PG_CATCH();
-	{
-		ErrorData  *error;
-
-		MemoryContextSwitchTo(context);
-		error = CopyErrorData();
-		FlushErrorState();
-		RollbackAndReleaseCurrentSubTransaction();
-		/* The rollback has left us in the memory of the surrounding transaction. */
-		MemoryContextSwitchTo(context);
+	if (error)
 		call->problem = psprintf("%s: %s", unpack_sql_state(error->sqlerrcode), error->message);
-	}
-	PG_END_TRY();
-	MemoryContextSwitchTo(context);
-	CurrentResourceOwner = owner;
 }
 
 /* The headers of the call: the provider's own, with room for the one with the key. */

@@ -15,6 +15,7 @@
 #include "base/owner_spi.h"
 #include "base/pg_version.h"
 #include "base/settings.h"
+#include "base/subtransaction.h"
 #include "catalog/pg_type.h"
 #include "crypto/data_key.h"
 #include "crypto/envelope.h"
@@ -25,7 +26,6 @@
 #include "identity/user.h"
 #include "miscadmin.h"
 #include "utils/builtins.h"
-#include "utils/resowner.h"
 #include "utils/timestamp.h"
 #include "vault/key_row.h"
 
@@ -145,6 +145,8 @@ rotate(const char *user_id, uint32 expected)
 	version = kv_data_key_lock(user_id, true);
 	if (version == 0 || (expected != 0 && version != expected))
 		return 0;
+	/* One that does not open gets no successor: nothing could be sealed again. */
+	(void) kv_data_key_ensure(user_id);
 	to = kv_data_key_create(user_id, version + 1);
 	if (to == NULL)
 		ereport(ERROR,
@@ -160,43 +162,37 @@ rotate(const char *user_id, uint32 expected)
 	return version + 1;
 }
 
+/* A rotation that may fail. */
+typedef struct Attempt
+{
+	const char *user_id;
+	uint32		expected;
+	bool		rotated;
+} Attempt;
+
+static void
+attempt(void *arg)
+{
+	Attempt    *this = arg;
+
+	this->rotated = rotate(this->user_id, this->expected) != 0;
+}
+
 /* rotate, but a data key that cannot be opened is a warning: it must not hold up the others. */
 static bool
 try_rotate(const char *user_id, uint32 expected)
 {
-	MemoryContext context = CurrentMemoryContext;
-	ResourceOwner owner = CurrentResourceOwner;
-	volatile bool rotated = false;
+	Attempt		this = {user_id, expected};
+	ErrorData  *error = kv_subtransaction_run(attempt, &this);
 
-	BeginInternalSubTransaction(NULL);
-	MemoryContextSwitchTo(context);
-	PG_TRY();
-	{
-		rotated = rotate(user_id, expected) != 0;
-		ReleaseCurrentSubTransaction();
-	}
-	PG_CATCH();
-	{
-		ErrorData  *error;
-
-		MemoryContextSwitchTo(context);
-		error = CopyErrorData();
-		FlushErrorState();
-		RollbackAndReleaseCurrentSubTransaction();
-		MemoryContextSwitchTo(context);
-		CurrentResourceOwner = owner;
-		if (error->sqlerrcode != ERRCODE_KV_SECRET_UNREADABLE)
-			ReThrowError(error);
-		rotated = false;
+	if (error && error->sqlerrcode != ERRCODE_KV_SECRET_UNREADABLE)
+		ReThrowError(error);
+	if (error)
 		ereport(WARNING,
 				(errcode(ERRCODE_KV_SECRET_UNREADABLE),
 				 errmsg("data key of user \"%s\" is not rotated: it cannot be opened", user_id),
 				 errhint("Restore keyvault.data_keys and keyvault.vault together, from one backup.")));
-	}
-	PG_END_TRY();
-	MemoryContextSwitchTo(context);
-	CurrentResourceOwner = owner;
-	return rotated;
+	return this.rotated && !error;
 }
 
 Datum

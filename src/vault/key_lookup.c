@@ -93,7 +93,7 @@ report_unreadable(int level, const char *user_id, const char *provider)
 	ereport(level,
 			(errcode(ERRCODE_KV_SECRET_UNREADABLE),
 			 errmsg("API key of user \"%s\" for provider \"%s\" cannot be opened", user_id, provider),
-			 errdetail("It was altered, or moved from another row, user or vault, or its data key is gone."),
+			 errdetail("It was altered, or moved from another row, user or vault, or its data key is gone or was altered."),
 			 errhint("Store the key again, or restore api_keys, data_keys and vault together from one backup.")));
 }
 

@@ -18,7 +18,9 @@
 #include "base/redaction.h"
 #include "base/secret.h"
 #include "base/settings.h"
+#include "base/subtransaction.h"
 #include "catalog/pg_type.h"
+#include "crypto/master_key.h"
 #include "crypto/reveal.h"
 #include "fmgr.h"
 #include "identity/identity.h"
@@ -88,35 +90,66 @@ append_field(SecretText *plain, const char *name, const char *value)
 	pfree(field.data);
 }
 
+/* A row whose key is to be exported. */
+typedef struct Export
+{
+	char	   *user_id;
+	char	   *provider;
+	pg_uuid_t  *id;
+	bytea	   *stored;
+	char	   *secret;
+} Export;
+
+static void
+open_key(void *arg)
+{
+	Export	   *export = arg;
+
+	export->secret = kv_key_row_open(export->user_id, export->provider, export->id, export->stored);
+}
+
+/* Open a row's key, or warn that it is not in the bundle: one that is lost must not keep the others out. */
+static bool
+try_open(Export *export)
+{
+	ErrorData  *error = kv_subtransaction_run(open_key, export);
+
+	if (error && error->sqlerrcode != ERRCODE_KV_MASTER_KEY && error->sqlerrcode != ERRCODE_KV_SECRET_UNREADABLE)
+		ReThrowError(error);
+	if (export->secret)
+		return true;
+	ereport(WARNING,
+			(errcode(error ? error->sqlerrcode : ERRCODE_KV_SECRET_UNREADABLE),
+			 errmsg("API key of user \"%s\" for provider \"%s\" cannot be opened, and is left out", export->user_id, export->provider),
+			 error && error->detail ? errdetail("%s", error->detail) : 0));
+	return false;
+}
+
 /* Append the line of a key, or warn that there is none. */
 static bool
 append_key(SecretText *plain, HeapTuple row, TupleDesc tupdesc)
 {
 	bool		isnull;
-	char	   *user_id = TextDatumGetCString(SPI_getbinval(row, tupdesc, 1, &isnull));
-	char	   *provider = TextDatumGetCString(SPI_getbinval(row, tupdesc, 2, &isnull));
-	pg_uuid_t  *id = DatumGetUUIDP(SPI_getbinval(row, tupdesc, 4, &isnull));
-	char	   *secret = kv_key_row_open(user_id, provider, id, DatumGetByteaPP(SPI_getbinval(row, tupdesc, 5, &isnull)));
+	Export		export = {0};
 
-	if (secret == NULL)
-	{
-		ereport(WARNING,
-				(errcode(ERRCODE_KV_SECRET_UNREADABLE),
-				 errmsg("API key of user \"%s\" for provider \"%s\" cannot be opened, and is left out", user_id, provider)));
+	export.user_id = TextDatumGetCString(SPI_getbinval(row, tupdesc, 1, &isnull));
+	export.provider = TextDatumGetCString(SPI_getbinval(row, tupdesc, 2, &isnull));
+	export.id = DatumGetUUIDP(SPI_getbinval(row, tupdesc, 4, &isnull));
+	export.stored = DatumGetByteaPP(SPI_getbinval(row, tupdesc, 5, &isnull));
+	if (!try_open(&export))
 		return false;
-	}
 	append(plain, "{", 1);
-	append_field(plain, "user_id", user_id);
+	append_field(plain, "user_id", export.user_id);
 	append(plain, ", ", 2);
-	append_field(plain, "provider", provider);
+	append_field(plain, "provider", export.provider);
 	append(plain, ", ", 2);
 	append_field(plain, "name", TextDatumGetCString(SPI_getbinval(row, tupdesc, 3, &isnull)));
 	append(plain, ", ", 2);
-	append_field(plain, "key", secret);
+	append_field(plain, "key", export.secret);
 	append(plain, ", ", 2);
 	append_field(plain, "expires_at", SPI_getvalue(row, tupdesc, 6));
 	append(plain, "}\n", 2);
-	kv_secret_wipe(secret, strlen(secret));
+	kv_secret_wipe(export.secret, strlen(export.secret));
 	return true;
 }
 
@@ -179,12 +212,19 @@ keyvault_export_recovery_bundle(PG_FUNCTION_ARGS)
 	kv_owner_begin(&scope);
 	n = kv_statement_execute(&find, &users, PG_ARGISNULL(1) ? "n" : NULL);
 	rows = SPI_tuptable;
+	/* Without any master key nothing opens, and that is one error. */
+	if (n > 0)
+		(void) kv_master_key_get();
 	plain.bytes = kv_secret_alloc(plain.allocated);
 	for (uint64 i = 0; i < n; i++)
 	{
 		CHECK_FOR_INTERRUPTS();
 		exported += append_key(&plain, rows->vals[i], rows->tupdesc);
 	}
+	if (exported < n)
+		ereport(WARNING,
+				(errcode(ERRCODE_KV_SECRET_UNREADABLE),
+				 errmsg("%llu of %llu API keys are not in the bundle", (unsigned long long) (n - exported), (unsigned long long) n)));
 	bundle = encrypt(&plain, PG_GETARG_DATUM(0));
 	bundle = (bytea *) memcpy(MemoryContextAlloc(context, VARSIZE(bundle)), bundle, VARSIZE(bundle));
 	kv_owner_end(&scope);
@@ -222,31 +262,73 @@ field_of(Jsonb *object, const char *name, int line, bool required)
 	return copy;
 }
 
-/* Store the key of a line. Call between kv_owner_begin and kv_owner_end. */
+/* The key of a line, all of it there. Error: 22023. */
 static void
-restore_line(Jsonb *object, int line)
+read_line(KvNewKey *key, Jsonb *object, int line)
 {
-	KvNewKey	key = {.may_create_user = true};
 	char	   *expires_at;
 
 	if (object == NULL || !JB_ROOT_IS_OBJECT(object))
 		raise_bad_line(line, "It is no JSON object.");
-	key.user_id = field_of(object, "user_id", line, true);
-	key.provider = field_of(object, "provider", line, true);
-	key.name = field_of(object, "name", line, true);
-	key.secret = field_of(object, "key", line, true);
+	key->user_id = field_of(object, "user_id", line, true);
+	key->provider = field_of(object, "provider", line, true);
+	key->name = field_of(object, "name", line, true);
+	key->secret = field_of(object, "key", line, true);
 	expires_at = field_of(object, "expires_at", line, false);
-	if (strlen(key.user_id) > KV_USER_ID_MAX)
+	if (strlen(key->user_id) > KV_USER_ID_MAX)
 		raise_bad_line(line, psprintf("Its user_id is longer than %d bytes.", KV_USER_ID_MAX));
-	if (*key.name == '\0' || strlen(key.name) >= NAMEDATALEN)
+	if (*key->name == '\0' || strlen(key->name) >= NAMEDATALEN)
 		raise_bad_line(line, psprintf("Its name is not of 1 to %d bytes.", NAMEDATALEN - 1));
-	key.expires = expires_at != NULL;
-	if (key.expires)
-		key.expires_at = DatumGetTimestampTz(DirectFunctionCall3(timestamptz_in, CStringGetDatum(expires_at),
-																 ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1)));
-	kv_api_key_require_provider(key.provider);
-	kv_key_shape_check(key.secret, strlen(key.secret), key.provider);
-	(void) kv_key_row_write(&key);
+	key->expires = expires_at != NULL;
+	if (key->expires)
+		key->expires_at = DatumGetTimestampTz(DirectFunctionCall3(timestamptz_in, CStringGetDatum(expires_at),
+																  ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1)));
+}
+
+/* A key to be restored. What it says of its provider is shown only once that is known to be one. */
+typedef struct Restore
+{
+	KvNewKey	key;
+	const char *provider;
+} Restore;
+
+static void
+store_key(void *arg)
+{
+	Restore    *restore = arg;
+	KvNewKey   *key = &restore->key;
+
+	kv_api_key_require_provider(key->provider);
+	restore->provider = key->provider;
+	kv_key_shape_check(key->secret, strlen(key->secret), key->provider);
+	(void) kv_key_row_write(key);
+}
+
+/*
+ * Store the key of a line, or warn that this one is not restored: its user is suspended or
+ * erased, its provider unknown or of another opinion, its user's data key lost. Call between
+ * kv_owner_begin and kv_owner_end.
+ */
+static bool
+restore_line(Jsonb *object, int line)
+{
+	Restore		restore = {.key.may_create_user = true,.provider = "?"};
+	ErrorData  *error;
+
+	read_line(&restore.key, object, line);
+	error = kv_subtransaction_run(store_key, &restore);
+	if (error == NULL)
+		return true;
+	if (error->sqlerrcode != ERRCODE_KV_USER_INACTIVE && error->sqlerrcode != ERRCODE_KV_KEY_MALFORMED &&
+		error->sqlerrcode != ERRCODE_KV_MASTER_KEY && error->sqlerrcode != ERRCODE_KV_SECRET_UNREADABLE &&
+		error->sqlerrcode != ERRCODE_INVALID_PARAMETER_VALUE)
+		ReThrowError(error);
+	ereport(WARNING,
+			(errcode(error->sqlerrcode),
+			 errmsg("line %d: API key of user \"%s\" for provider \"%s\" is not restored: %s",
+					line, restore.key.user_id, restore.provider, error->message),
+			 error->detail ? errdetail("%s", error->detail) : 0));
+	return false;
 }
 
 Datum
@@ -256,6 +338,7 @@ keyvault_restore_api_keys(PG_FUNCTION_ARGS)
 	char	   *lines;
 	char	   *end;
 	int64		restored = 0;
+	int64		left_out = 0;
 	int			line = 0;
 
 	kv_redaction_mark_statement();
@@ -267,6 +350,9 @@ keyvault_restore_api_keys(PG_FUNCTION_ARGS)
 				 errhint("Restore as a superuser.")));
 	lines = kv_argument_secret(fcinfo, 0);
 	lines = pg_server_to_any(lines, strlen(lines), PG_UTF8);
+	/* Without any master key nothing is sealed, and that is one error; where keys cannot be opened, boxes are. */
+	if (kv_reveal_may_open())
+		(void) kv_master_key_get();
 	kv_owner_begin(&scope);
 	for (char *start = lines; *start; start = end)
 	{
@@ -276,9 +362,16 @@ keyvault_restore_api_keys(PG_FUNCTION_ARGS)
 			*end++ = '\0';
 		if (start[strspn(start, " \t\r")] == '\0')
 			continue;
-		restore_line(kv_json_parse(start, strlen(start)), line);
-		restored++;
+		if (restore_line(kv_json_parse(start, strlen(start)), line))
+			restored++;
+		else
+			left_out++;
 	}
+	if (left_out > 0)
+		ereport(WARNING,
+				(errcode(ERRCODE_WARNING),
+				 errmsg("%lld of %lld API keys are not restored", (long long) left_out, (long long) (restored + left_out)),
+				 errhint("Put right what the warnings before this one say, and restore again: keys that are here already do no harm.")));
 	kv_owner_end(&scope);
 	PG_RETURN_INT64(restored);
 }

@@ -8,7 +8,8 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 use Keyvault;
 
-my $node = new_node('batch', conf => "log_statement = all\nlog_min_duration_statement = 0\nlog_parameter_max_length = -1\n");
+my $master_key = new_master_key();
+my $node = new_node('batch', master_key => $master_key, conf => "log_statement = all\nlog_min_duration_statement = 0\nlog_parameter_max_length = -1\n");
 
 sub keys_of
 {
@@ -48,8 +49,11 @@ is(state_of($node, batch('{"exa": "a\u0000bcdefgh"}', 'b')) ne '', 1, 'and a zer
 $node->safe_psql('postgres', <<'SQL');
 SELECT keyvault.store_api_key('exa', 'quote"back\slash''12', 'odd "name"', 'jörg', now() + interval '1 year');
 SELECT keyvault.store_platform_key('openai', 'sk-platform-0123456789abcdef');
-SELECT keyvault.store_api_key('exa', 'key-that-is-broken', user_id => 'broken');
+SELECT keyvault.store_api_key('exa', 'key-that-is-broken', user_id => user_id) FROM unnest('{broken,data_key,master_key}'::text[]) user_id;
 UPDATE keyvault.api_keys SET ciphertext = set_byte(ciphertext, 90, 255 - get_byte(ciphertext, 90)) WHERE user_id = 'broken';
+-- An altered data key, and one under a master key that is not there.
+UPDATE keyvault.data_keys SET wrapped = set_byte(wrapped, 40, 255 - get_byte(wrapped, 40)) WHERE user_id = 'data_key';
+UPDATE keyvault.data_keys SET wrapped = set_byte(wrapped, 8, 255 - get_byte(wrapped, 8)) WHERE user_id = 'master_key';
 SQL
 my $home = File::Temp::tempdir('kvXXXX', TMPDIR => 1, CLEANUP => 1);
 chmod 0700, $home;
@@ -80,7 +84,10 @@ sub export
 }
 my ($bundle, $warning) = export('NULL');
 like($bundle, qr/^-----BEGIN PGP MESSAGE-----/, 'a bundle is an OpenPGP message');
-like($warning, qr/WARNING:  API key of user "broken".* cannot be opened, and is left out/, 'a key that cannot be opened is left out, with a warning');
+like($warning, qr/WARNING:  API key of user "$_" for provider "exa" cannot be opened, and is left out/, "a key that cannot be opened is left out, with a warning: $_")
+	foreach qw(broken data_key master_key);
+like($warning, qr/DETAIL:  Expected key id [0-9a-f]{32}, loaded/, 'which says which master key is missing');
+like($warning, qr/WARNING:  3 of 8 API keys are not in the bundle/, 'and how many are left out');
 my $lines = gpg($bundle, '--decrypt');
 my @keys = map { JSON::PP::decode_json($_) } split /\n/, $lines;
 is_deeply([ map { "$_->{user_id} $_->{provider} $_->{name} $_->{key}" } @keys ], [
@@ -99,10 +106,46 @@ my $file = "$home/bundle.asc";
 append_to_file($file, $bundle);
 is($node->safe_psql('other', "\\set lines `gpg --homedir $home --batch --quiet --decrypt $file`\nSELECT keyvault.restore_api_keys(:'lines')"), '5', 'the drill of the reference restores them');
 is(keys_of('b', 'other'), keys_of('b'), 'the keys of a user are the same there');
-my $all = "SELECT user_id, provider, name, hint, source, date_trunc('second', expires_at) FROM keyvault.api_key_status WHERE user_id <> 'broken' ORDER BY 1, 2, 3";
+my $all = "SELECT user_id, provider, name, hint, source, date_trunc('second', expires_at) FROM keyvault.api_key_status WHERE user_id NOT IN ('broken', 'data_key', 'master_key') ORDER BY 1, 2, 3";
 is($node->safe_psql('other', $all), $node->safe_psql('postgres', $all), 'names, hints and ends, too');
 is($node->safe_psql('other', q{SELECT keyvault.user_api_key('exa', 'jörg', 'odd "name"')}), q{quote"back\slash'12}, 'quotes and all');
 is($node->safe_psql('other', "SELECT vault_id FROM keyvault.vault") ne $node->safe_psql('postgres', "SELECT vault_id FROM keyvault.vault"), 1, 'it is another vault');
+
+# Users and keys that this vault does not take any more are left out; the others come back.
+$node->safe_psql('other', <<'SQL');
+SELECT keyvault.upsert_user(user_id) FROM unnest('{gone,later}'::text[]) user_id;
+SELECT keyvault.suspend_user('later', 'unpaid'), keyvault.erase_user('gone');
+UPDATE keyvault.providers SET key_pattern = '^AIza.{35}$' WHERE provider = 'gemini';
+SQL
+my @lines = map { sprintf '{"user_id": "%s", "provider": "%s", "name": "default", "key": "restored-secret-0%s"}', @$_ }
+	[ 'first', 'exa', '1' ], [ 'later', 'exa', '2' ], [ 'gone', 'exa', '3' ], [ 'first', 'gemini', '4' ], [ 'first', 'restored-secret', '5' ], [ 'last', 'exa', '6' ];
+my (undef, $restored, $told) = $node->psql('other', "\\set VERBOSITY verbose\nSELECT keyvault.restore_api_keys('" . join("\n", @lines) . "')");
+is($restored, 2, 'what can be restored is');
+is($node->safe_psql('other', "SELECT keyvault.user_api_key('exa', 'first'), keyvault.user_api_key('exa', 'last')"), 'restored-secret-01|restored-secret-06', 'and opens');
+like($told, qr/WARNING:  $_/, 'a warning says what is not')
+	foreach 'KV007: line 2: API key of user "later" for provider "exa" is not restored: user "later" is suspended', 'KV007: line 3: .*"gone"',
+	'KV009: line 4: API key of user "first" for provider "gemini" is not restored: API key for provider "gemini" is malformed',
+	'22023: line 5: API key of user "first" for provider "\?" is not restored: unknown provider', '01000: 4 of 6 API keys are not restored';
+unlike($told, qr/restored-secret/, 'without what might be a key');
+set_config($node, 'keyvault.master_key_file', '/nowhere');
+is(state_of($node, "SELECT keyvault.restore_api_keys('$lines[0]')", 'other'), 'KV004', 'without a master key nothing is');
+is(state_of($node, "SELECT keyvault.export_recovery_bundle('$public_key')"), 'KV004', 'nor exported');
+set_config($node, 'keyvault.master_key_file', $master_key);
+
+# An old version of a data key that does not open takes the keys under it along, and no others.
+$node->safe_psql('postgres', <<'SQL');
+CREATE TABLE good AS SELECT * FROM keyvault.api_keys WHERE user_id = 'b' AND provider = 'exa';
+UPDATE keyvault.api_keys SET ciphertext = set_byte(ciphertext, 90, 255 - get_byte(ciphertext, 90)) WHERE user_id = 'b' AND provider = 'exa';
+SELECT keyvault.rotate_data_key('b');
+UPDATE keyvault.api_keys k SET ciphertext = good.ciphertext FROM good WHERE k.user_id = good.user_id AND k.id = good.id;
+SQL
+is(scalar(keys %{ JSON::PP::decode_json(keys_of('b')) }), 3, 'keys under two versions of a data key');
+$node->safe_psql('postgres', "UPDATE keyvault.data_keys SET wrapped = set_byte(wrapped, 40, 255 - get_byte(wrapped, 40)) WHERE user_id = 'b' AND version = 1");
+my ($code, $out, $err) = $node->psql('postgres', "SELECT keyvault.user_api_keys('b')");
+is($out, '{"gemini": "AIza-batch-gemini-0123456789", "openai": "sk-batch-openai-0123456789"}', 'with the older one altered those under the newer one open');
+like($err, qr/WARNING:  API key of user "b" for provider "exa" cannot be opened/, 'and a warning names the other');
+is(state_of($node, "SELECT keyvault.user_api_key('exa', 'b')"), 'KV005', 'by itself it is an error');
+is(state_of($node, "SELECT keyvault.rotate_data_key('data_key')"), 'KV005', 'a data key that does not open gets no successor');
 
 # Lines that are none: nothing is stored, and the error quotes nothing.
 foreach my $bad ('{"user_id": "x", "provider": "exa", "name": "n"}', '{"user_id": "x", "provider": "exa", "name": "n", "key": 5}', 'restored-secret-0123',
