@@ -197,7 +197,8 @@ BEGIN
     INSERT INTO keyvault.usage_records (user_id, id, type, provider, model, input_tokens, cached_tokens, output_tokens, tokens, credits,
                                         credits_overrun, cost_usd, issued_key_id, metadata, member_id, hold_id)
     VALUES ($1, $2, coalesce($4, 'api'), $9, coalesce($5, h.model), $6, $10, $7, coalesce($6, 0) + coalesce($7, 0), charged,
-            owed - charged, coalesce($11, 0), h.issued_key_id, coalesce($8, '{}'), h.member_id, $2);
+            owed - charged,
+            coalesce($11, keyvault._price_usd($9, coalesce($5, h.model), $6, $10, $7, NULL, NULL), h.cost_usd), h.issued_key_id, coalesce($8, '{}'), h.member_id, $2);
     RETURN $2;
 END $$;
 COMMENT ON FUNCTION keyvault._settle_credits(text, uuid, numeric, text, text, integer, integer, jsonb, text, bigint, numeric) IS
@@ -205,11 +206,11 @@ COMMENT ON FUNCTION keyvault._settle_credits(text, uuid, numeric, text, text, in
 
 CREATE FUNCTION keyvault.settle_credits(hold uuid, amount numeric, type text = 'api', model text = NULL, input_tokens integer = NULL,
                                         output_tokens integer = NULL, user_id text = NULL, metadata jsonb = '{}', provider text = NULL,
-                                        cached_tokens bigint = NULL, cost_usd numeric = 0) RETURNS uuid
+                                        cached_tokens bigint = NULL, cost_usd numeric = NULL) RETURNS uuid
     LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'keyvault_settle_credits';
 COMMENT ON FUNCTION keyvault.settle_credits(uuid, numeric, text, text, integer, integer, text, jsonb, text, bigint, numeric) IS
-    'Ends a hold with what was really used, more or less than held, as a usage record with the hold''s id, which is returned. Beyond the hold it charges up to the limit and records the rest as credits_overrun. Works for an expired hold too, for a week; settling twice with one amount charges once. user_id NULL is the hold''s. Errors: 22023 no such hold, or settled with another amount; 42501.';
+    'Ends a hold with what was really used, more or less than held, as a usage record with the hold''s id, which is returned. Beyond the hold it charges up to the limit and records the rest as credits_overrun. cost_usd (USD) NULL is what model and tokens cost, where they have a price, else what was reserved. Works for an expired hold too, for a week; settling twice with one amount charges once. user_id NULL is the hold''s. Errors: 22023 no such hold, or settled with another amount; 42501.';
 
 CREATE FUNCTION keyvault.release_credits(hold uuid, user_id text = NULL) RETURNS boolean
     LANGUAGE c VOLATILE PARALLEL UNSAFE

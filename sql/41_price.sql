@@ -84,6 +84,20 @@ END $$;
 COMMENT ON FUNCTION keyvault._use_usd(keyvault.model_prices, bigint, bigint, bigint, bigint, numeric) IS
     'What a use costs in USD at a price, and what of the price was used; NULL without a price. cached_tokens are part of input_tokens, reasoning_tokens of output_tokens.';
 
+CREATE FUNCTION keyvault._price_usd(provider text, model text, input_tokens bigint, cached_tokens bigint, output_tokens bigint,
+                                    reasoning_tokens bigint, units numeric) RETURNS numeric
+    LANGUAGE plpgsql STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    IF model IS NULL OR (input_tokens IS NULL AND output_tokens IS NULL AND units IS NULL) THEN
+        RETURN NULL;
+    END IF;
+    RETURN (SELECT q.usd FROM keyvault._use_usd(keyvault._find_price($1, $2, now()), $3, $4, $5, $6, $7) q);
+END $$;
+COMMENT ON FUNCTION keyvault._price_usd(text, text, bigint, bigint, bigint, bigint, numeric) IS
+    'What a use whose credits are given costs the provider''s customer in USD; NULL for a model without a price and for a use without tokens and units.';
+
 CREATE FUNCTION keyvault._credits_owed(plan text, payer text, cost_usd numeric) RETURNS numeric
     LANGUAGE plpgsql STABLE
     SET search_path = pg_catalog, pg_temp
@@ -246,8 +260,8 @@ BEGIN
     END IF;
     INSERT INTO keyvault.usage_records (user_id, id, type, provider, model, payer, input_tokens, cached_tokens, output_tokens, tokens, credits,
                                         cost_usd, issued_key_id, idempotency_key, metadata, reasoning_tokens, units, member_id)
-    VALUES ($6, usage, $1, $9, $2, coalesce($13, 'platform'), $3, $10, $4, coalesce($3, 0)::bigint + coalesce($4, 0), $5, coalesce($14, 0),
-            $15, $7, coalesce($8, '{}'), $11, $12, $16);
+    VALUES ($6, usage, $1, $9, $2, coalesce($13, 'platform'), $3, $10, $4, coalesce($3, 0)::bigint + coalesce($4, 0), $5,
+            coalesce($14, CASE WHEN $5 IS NOT NULL THEN keyvault._price_usd($9, $2, $3, $10, $4, $11, $12) END, 0), $15, $7, coalesce($8, '{}'), $11, $12, $16);
     RETURN usage;
 END $$;
 COMMENT ON FUNCTION keyvault._record_usage(text, text, integer, integer, numeric, text, text, jsonb, text, bigint, bigint, numeric, text, numeric, uuid, text) IS
@@ -256,8 +270,8 @@ COMMENT ON FUNCTION keyvault._record_usage(text, text, integer, integer, numeric
 CREATE FUNCTION keyvault.record_usage(
     type text, model text, input_tokens integer, output_tokens integer, credits numeric = NULL, user_id text = NULL,
     idempotency_key text = NULL, metadata jsonb = '{}', provider text = NULL, cached_tokens bigint = NULL, reasoning_tokens bigint = NULL,
-    units numeric = NULL, payer text = 'platform', cost_usd numeric = 0, issued_key_id uuid = NULL, member_id text = NULL) RETURNS uuid
+    units numeric = NULL, payer text = 'platform', cost_usd numeric = NULL, issued_key_id uuid = NULL, member_id text = NULL) RETURNS uuid
     LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'keyvault_record_usage';
 COMMENT ON FUNCTION keyvault.record_usage(text, text, integer, integer, numeric, text, text, jsonb, text, bigint, bigint, numeric, text, numeric, uuid, text) IS
-    'Records a use, debits its credits, and returns the usage record''s id. Without credits the use is priced by model and tokens, or by cost_usd (USD). The same idempotency_key records once and returns the same id, for as long as keyvault.response_retention. cached_tokens are part of input_tokens, reasoning_tokens of output_tokens. user_id NULL is the identity. Errors: KV001 credit limit or budget, 22004, 22023, 23514 bad argument, 40001 the idempotency key is in use, 42501.';
+    'Records a use, debits its credits, and returns the usage record''s id. Without credits the use is priced by model and tokens, or by cost_usd (USD); with credits, cost_usd NULL is what model and tokens cost, where they have a price. The same idempotency_key records once and returns the same id, for as long as keyvault.response_retention. cached_tokens are part of input_tokens, reasoning_tokens of output_tokens. user_id NULL is the identity. Errors: KV001 credit limit or budget, 22004, 22023, 23514 bad argument, 40001 the idempotency key is in use, 42501.';

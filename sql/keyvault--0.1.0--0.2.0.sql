@@ -1186,7 +1186,8 @@ BEGIN
     INSERT INTO keyvault.usage_records (user_id, id, type, provider, model, input_tokens, cached_tokens, output_tokens, tokens, credits,
                                         credits_overrun, cost_usd, issued_key_id, metadata, member_id, hold_id)
     VALUES ($1, $2, coalesce($4, 'api'), $9, coalesce($5, h.model), $6, $10, $7, coalesce($6, 0) + coalesce($7, 0), charged,
-            owed - charged, coalesce($11, 0), h.issued_key_id, coalesce($8, '{}'), h.member_id, $2);
+            owed - charged,
+            coalesce($11, keyvault._price_usd($9, coalesce($5, h.model), $6, $10, $7, NULL, NULL), h.cost_usd), h.issued_key_id, coalesce($8, '{}'), h.member_id, $2);
     RETURN $2;
 END $$;
 REVOKE ALL ON FUNCTION keyvault._settle_credits(user_id text, hold uuid, amount numeric, type text, model text, input_tokens integer, output_tokens integer, metadata jsonb, provider text, cached_tokens bigint, cost_usd numeric) FROM PUBLIC;
@@ -1196,13 +1197,13 @@ COMMENT ON FUNCTION keyvault._settle_credits(text, uuid, numeric, text, text, in
 
 CREATE FUNCTION keyvault.settle_credits(hold uuid, amount numeric, type text = 'api', model text = NULL, input_tokens integer = NULL,
                                         output_tokens integer = NULL, user_id text = NULL, metadata jsonb = '{}', provider text = NULL,
-                                        cached_tokens bigint = NULL, cost_usd numeric = 0) RETURNS uuid
+                                        cached_tokens bigint = NULL, cost_usd numeric = NULL) RETURNS uuid
     LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'keyvault_settle_credits';
 REVOKE ALL ON FUNCTION keyvault.settle_credits(hold uuid, amount numeric, type text, model text, input_tokens integer, output_tokens integer, user_id text, metadata jsonb, provider text, cached_tokens bigint, cost_usd numeric) FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault.settle_credits(uuid, numeric, text, text, integer, integer, text, jsonb, text, bigint, numeric) IS
-    'Ends a hold with what was really used, more or less than held, as a usage record with the hold''s id, which is returned. Beyond the hold it charges up to the limit and records the rest as credits_overrun. Works for an expired hold too, for a week; settling twice with one amount charges once. user_id NULL is the hold''s. Errors: 22023 no such hold, or settled with another amount; 42501.';
+    'Ends a hold with what was really used, more or less than held, as a usage record with the hold''s id, which is returned. Beyond the hold it charges up to the limit and records the rest as credits_overrun. cost_usd (USD) NULL is what model and tokens cost, where they have a price, else what was reserved. Works for an expired hold too, for a week; settling twice with one amount charges once. user_id NULL is the hold''s. Errors: 22023 no such hold, or settled with another amount; 42501.';
 
 CREATE FUNCTION keyvault.release_credits(hold uuid, user_id text = NULL) RETURNS boolean
     LANGUAGE c VOLATILE PARALLEL UNSAFE
@@ -2666,6 +2667,22 @@ REVOKE ALL ON FUNCTION keyvault._use_usd(price keyvault.model_prices, input_toke
 COMMENT ON FUNCTION keyvault._use_usd(keyvault.model_prices, bigint, bigint, bigint, bigint, numeric) IS
     'What a use costs in USD at a price, and what of the price was used; NULL without a price. cached_tokens are part of input_tokens, reasoning_tokens of output_tokens.';
 
+CREATE FUNCTION keyvault._price_usd(provider text, model text, input_tokens bigint, cached_tokens bigint, output_tokens bigint,
+                                    reasoning_tokens bigint, units numeric) RETURNS numeric
+    LANGUAGE plpgsql STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    IF model IS NULL OR (input_tokens IS NULL AND output_tokens IS NULL AND units IS NULL) THEN
+        RETURN NULL;
+    END IF;
+    RETURN (SELECT q.usd FROM keyvault._use_usd(keyvault._find_price($1, $2, now()), $3, $4, $5, $6, $7) q);
+END $$;
+REVOKE ALL ON FUNCTION keyvault._price_usd(provider text, model text, input_tokens bigint, cached_tokens bigint, output_tokens bigint, reasoning_tokens bigint, units numeric) FROM PUBLIC;
+
+COMMENT ON FUNCTION keyvault._price_usd(text, text, bigint, bigint, bigint, bigint, numeric) IS
+    'What a use whose credits are given costs the provider''s customer in USD; NULL for a model without a price and for a use without tokens and units.';
+
 CREATE OR REPLACE FUNCTION keyvault._credits_owed(plan text, payer text, cost_usd numeric) RETURNS numeric
     LANGUAGE plpgsql STABLE
     SET search_path = pg_catalog, pg_temp
@@ -2839,8 +2856,8 @@ BEGIN
     END IF;
     INSERT INTO keyvault.usage_records (user_id, id, type, provider, model, payer, input_tokens, cached_tokens, output_tokens, tokens, credits,
                                         cost_usd, issued_key_id, idempotency_key, metadata, reasoning_tokens, units, member_id)
-    VALUES ($6, usage, $1, $9, $2, coalesce($13, 'platform'), $3, $10, $4, coalesce($3, 0)::bigint + coalesce($4, 0), $5, coalesce($14, 0),
-            $15, $7, coalesce($8, '{}'), $11, $12, $16);
+    VALUES ($6, usage, $1, $9, $2, coalesce($13, 'platform'), $3, $10, $4, coalesce($3, 0)::bigint + coalesce($4, 0), $5,
+            coalesce($14, CASE WHEN $5 IS NOT NULL THEN keyvault._price_usd($9, $2, $3, $10, $4, $11, $12) END, 0), $15, $7, coalesce($8, '{}'), $11, $12, $16);
     RETURN usage;
 END $$;
 REVOKE ALL ON FUNCTION keyvault._record_usage( type text, model text, input_tokens integer, output_tokens integer, credits numeric, user_id text, idempotency_key text, metadata jsonb, provider text, cached_tokens bigint, reasoning_tokens bigint, units numeric, payer text, cost_usd numeric, issued_key_id uuid, member_id text) FROM PUBLIC;
@@ -2851,13 +2868,13 @@ COMMENT ON FUNCTION keyvault._record_usage(text, text, integer, integer, numeric
 CREATE FUNCTION keyvault.record_usage(
     type text, model text, input_tokens integer, output_tokens integer, credits numeric = NULL, user_id text = NULL,
     idempotency_key text = NULL, metadata jsonb = '{}', provider text = NULL, cached_tokens bigint = NULL, reasoning_tokens bigint = NULL,
-    units numeric = NULL, payer text = 'platform', cost_usd numeric = 0, issued_key_id uuid = NULL, member_id text = NULL) RETURNS uuid
+    units numeric = NULL, payer text = 'platform', cost_usd numeric = NULL, issued_key_id uuid = NULL, member_id text = NULL) RETURNS uuid
     LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'keyvault_record_usage';
 REVOKE ALL ON FUNCTION keyvault.record_usage( type text, model text, input_tokens integer, output_tokens integer, credits numeric, user_id text, idempotency_key text, metadata jsonb, provider text, cached_tokens bigint, reasoning_tokens bigint, units numeric, payer text, cost_usd numeric, issued_key_id uuid, member_id text) FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault.record_usage(text, text, integer, integer, numeric, text, text, jsonb, text, bigint, bigint, numeric, text, numeric, uuid, text) IS
-    'Records a use, debits its credits, and returns the usage record''s id. Without credits the use is priced by model and tokens, or by cost_usd (USD). The same idempotency_key records once and returns the same id, for as long as keyvault.response_retention. cached_tokens are part of input_tokens, reasoning_tokens of output_tokens. user_id NULL is the identity. Errors: KV001 credit limit or budget, 22004, 22023, 23514 bad argument, 40001 the idempotency key is in use, 42501.';
+    'Records a use, debits its credits, and returns the usage record''s id. Without credits the use is priced by model and tokens, or by cost_usd (USD); with credits, cost_usd NULL is what model and tokens cost, where they have a price. The same idempotency_key records once and returns the same id, for as long as keyvault.response_retention. cached_tokens are part of input_tokens, reasoning_tokens of output_tokens. user_id NULL is the identity. Errors: KV001 credit limit or budget, 22004, 22023, 23514 bad argument, 40001 the idempotency key is in use, 42501.';
 
 CREATE FUNCTION keyvault._output_limit(body jsonb, OUT tokens bigint, OUT answers bigint)
     LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE

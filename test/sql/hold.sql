@@ -142,6 +142,16 @@ SELECT notice_at FROM keyvault.credit_balances WHERE user_id = 'ho_org';
 SELECT keyvault.set_budget('ho_org', NULL, scope => 'model', target => 'gpt-5') IS NOT NULL, keyvault.set_budget('ho_org', NULL, 'day', scope => 'member', target => 'ann') IS NOT NULL,
        keyvault.set_budget('ho_org', NULL, 'month', 'usd', 'issued_key', '00000000-0000-7000-8000-0000000000aa') IS NOT NULL;
 SELECT notice_at FROM keyvault.credit_balances WHERE user_id = 'ho_org';
+-- a settlement that does not state its cost in USD has that of its tokens, else what was reserved
+SELECT keyvault.upsert_user('ho_u', plan => 'pro') IS NOT NULL AS made, keyvault.set_budget('ho_u', 10, 'month', 'usd') IS NOT NULL;
+SELECT keyvault.settle_credits(keyvault.reserve_credits(100, user_id => 'ho_u', cost_usd => 5), 80) IS NOT NULL AS as_reserved,
+       keyvault.settle_credits(keyvault.reserve_credits(100, user_id => 'ho_u', cost_usd => 4, model => 'gpt-5'), 80, input_tokens => 1000000, output_tokens => 10000, cached_tokens => 500000) IS NOT NULL AS by_tokens,
+       keyvault.settle_credits(keyvault.reserve_credits(100, user_id => 'ho_u', cost_usd => 1), 80, model => 'gpt-99', input_tokens => 1000) IS NOT NULL AS as_reserved,
+       keyvault.settle_credits(keyvault.reserve_credits(100, user_id => 'ho_u', cost_usd => 1), 80, model => 'gpt-5', input_tokens => 1000, cost_usd => 0) IS NOT NULL AS stated;
+SELECT keyvault.record_usage('chat', 'gpt-5', 1000000, 0, 1, 'ho_u') IS NOT NULL AS by_tokens, keyvault.record_usage('chat', 'gpt-5', 1000000, 0, 1, 'ho_u', cost_usd => 0) IS NOT NULL AS stated,
+       keyvault.record_usage('chat', 'gpt-99', 1000000, 0, 1, 'ho_u') IS NOT NULL AS no_price;
+SELECT model, credits::float, cost_usd::float, price FROM keyvault.usage_records WHERE user_id = 'ho_u' ORDER BY id;
+SELECT * FROM pg_temp.budgets WHERE user_id = 'ho_u';
 -- a model's budget counts its dated names too, as prices do, and no other model
 SELECT keyvault.upsert_user('ho_m', plan => 'pro') IS NOT NULL AS made, keyvault.set_budget('ho_m', 10, scope => 'model', target => 'gpt-5') IS NOT NULL;
 INSERT INTO keyvault.usage_records (user_id, model, credits) VALUES ('ho_m', 'gpt-5-2025-08-07', 4), ('ho_m', 'gpt-5-latest', 3), ('ho_m', 'gpt-5-mini', 50), ('ho_m', 'gpt-5.1-20251113', 50);
