@@ -12,12 +12,13 @@
 #include <unistd.h>
 
 #include "base/secret.h"
+#include "base/settings.h"
 #include "miscadmin.h"
 #include "storage/fd.h"
 
-/* Does the path lead, through links too, into the data directory, which base backups copy? */
-bool
-kv_secret_file_in_data_directory(const char *path)
+/* Does the path lead, through links too, into the data directory? */
+static bool
+is_in_data_directory(const char *path)
 {
 	char	   *real_path = realpath(path, NULL);
 	char	   *real_data = realpath(DataDir, NULL);
@@ -26,6 +27,16 @@ kv_secret_file_in_data_directory(const char *path)
 	free(real_path);
 	free(real_data);
 	return inside;
+}
+
+/* Why a file is not to be where it is: base backups copy the data directory. NULL when it may be there. */
+const char *
+kv_secret_file_misplaced(const char *path)
+{
+	if (kv_allow_master_key_in_data_directory || !is_in_data_directory(path))
+		return NULL;
+	return "lies in the data directory, where every base backup carries it along "
+		"(keyvault.allow_master_key_in_data_directory accepts that)";
 }
 
 /* Why an open file is not to be trusted with a secret; NULL when it is. */

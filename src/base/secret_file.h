@@ -9,6 +9,6 @@
 #include "postgres.h"
 
 extern char *kv_secret_file_read(const char *path, Size size_max, const char **reason);
-extern bool kv_secret_file_in_data_directory(const char *path);
+extern const char *kv_secret_file_misplaced(const char *path);
 
 #endif

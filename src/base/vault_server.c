@@ -31,7 +31,9 @@ read_token(const char **reason)
 		return NULL;
 	}
 	token = kv_secret_file_read(kv_vault_token_file, TOKEN_MAX, reason);
-	if (token == NULL)
+	if (token)
+		*reason = kv_secret_file_misplaced(kv_vault_token_file);
+	if (*reason)
 	{
 		*reason = psprintf("cannot be asked: the token's file \"%s\" %s", kv_vault_token_file, *reason);
 		return NULL;

@@ -29,13 +29,9 @@ fetch(const char **reason, const char **hint)
 
 	*hint = psprintf("As the server's user, make one with: (umask 077; openssl rand -hex 32 > \"%s\")  "
 					 "If it existed before, put the old one back: keys stored under it open with no other.", path);
-	if (text && !kv_allow_master_key_in_data_directory && kv_secret_file_in_data_directory(path))
-	{
-		*reason = "lies in the data directory, where every base backup carries it along "
-			"(keyvault.allow_master_key_in_data_directory accepts that)";
-		return NULL;
-	}
-	return text;
+	if (text)
+		*reason = kv_secret_file_misplaced(path);
+	return *reason ? NULL : text;
 }
 
 const KvMasterKeySource kv_master_key_from_file = {

@@ -194,13 +194,20 @@ sub vault_is
 	write_secret("$directory/token", "another");
 	$node->reload;
 	ok(wait_until(sub { state_of($node, $lookup) eq '' }), 'a new token in the file is taken');
-	foreach my $case ([ write_secret("$directory/world_token", 'another', 0644), qr/can be read by others/ ],
+	symlink $node->data_dir . '/token', "$directory/token_link";
+	foreach my $case ([ write_secret($node->data_dir . '/token', 'another'), qr/the token's file .* lies in the data directory/ ],
+		[ "$directory/token_link", qr/lies in the data directory/ ],
+		[ write_secret("$directory/world_token", 'another', 0644), qr/can be read by others/ ],
 		[ write_secret("$directory/empty_token", " \n"), qr/does not hold a token/ ],
 		[ write_secret("$directory/split_token", "an\1other"), qr/does not hold a token/ ], [ "$directory/none", qr/No such file/ ], [ undef, qr/vault_token_file is empty/ ])
 	{
 		set_config($node, 'keyvault.vault_token_file', $case->[0]);
 		vault_is('ok', $case->[1], 'token file ' . ($case->[0] // 'not set'));
 	}
+	set_config($node, 'keyvault.vault_token_file', $node->data_dir . '/token');
+	set_config($node, 'keyvault.allow_master_key_in_data_directory', 'on');
+	ok(wait_until(sub { state_of($node, $lookup) eq '' }), 'a token in the data directory is taken where a master key would be');
+	set_config($node, 'keyvault.allow_master_key_in_data_directory', undef);
 	set_config($node, 'keyvault.vault_token_file', "$directory/token");
 	foreach my $case ([ 'vault_transit_key', 'keyvault', qr/is not written as mount\/name/ ], [ 'vault_transit_key', 'transit/key?vault', qr/is not written as/ ],
 		[ 'vault_transit_key', 'transit/other', qr/refused the request as malformed \(status 400\)/ ],
