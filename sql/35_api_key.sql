@@ -122,6 +122,12 @@ CREATE FUNCTION keyvault.delete_api_key(provider text, name text = 'default', us
 COMMENT ON FUNCTION keyvault.delete_api_key(text, text, text) IS
     'Deletes a user''s key; true if there was one. Old row versions leave the disk with VACUUM, WAL and backups with their retention, encrypted all the while. Errors: 22023, 42501.';
 
+CREATE FUNCTION keyvault.delete_platform_key(provider text, name text = 'default') RETURNS boolean
+    LANGUAGE c VOLATILE PARALLEL UNSAFE
+    AS 'MODULE_PATHNAME', 'keyvault_delete_platform_key';
+COMMENT ON FUNCTION keyvault.delete_platform_key(text, text) IS
+    'Deletes the platform''s key for a provider; true if there was one. Requests that would use it fail with KV003 from then on. Old row versions leave the disk as those of delete_api_key do. Access admin. Errors: 22004, 22023 unknown provider, 42501.';
+
 CREATE VIEW keyvault.api_key_status WITH (security_invoker = true, security_barrier = true) AS
 SELECT k.user_id, k.provider, k.name, k.hint, k.status, k.source, k.id,
        k.expires_at, k.last_used_at, k.last_verified_at, k.rotated_at, k.created_at,

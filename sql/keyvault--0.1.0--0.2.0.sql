@@ -2206,6 +2206,14 @@ SELECT k.user_id, k.provider, k.name, k.hint, k.status, k.source, k.id,
 
 -- The keys that clients seal API keys to.
 
+CREATE FUNCTION keyvault.delete_platform_key(provider text, name text = 'default') RETURNS boolean
+    LANGUAGE c VOLATILE PARALLEL UNSAFE
+    AS 'MODULE_PATHNAME', 'keyvault_delete_platform_key';
+REVOKE ALL ON FUNCTION keyvault.delete_platform_key(provider text, name text) FROM PUBLIC;
+
+COMMENT ON FUNCTION keyvault.delete_platform_key(text, text) IS
+    'Deletes the platform''s key for a provider; true if there was one. Requests that would use it fail with KV003 from then on. Old row versions leave the disk as those of delete_api_key do. Access admin. Errors: 22004, 22023 unknown provider, 42501.';
+
 COMMENT ON FUNCTION keyvault.user_api_keys(text) IS
     'The user''s keys named ''default'' as {"provider": "key"}, {} when there is none; NULL is the acting user. Expired keys are left out; one that cannot be opened is left out with a warning KV005. Errors: KV004, 42501.';
 
@@ -4162,7 +4170,7 @@ DECLARE
     app_functions text[] := '{act_as, store_api_key_reference, upsert_user, set_plan, suspend_user, resume_user, erase_user, uuidv7, _debit_tag}';
     user_functions text[] := '{test_api_key, store_api_key, store_api_keys, sealing_key, store_sealed_api_key, user_api_keys, user_api_key, delete_api_key, request, response, wait_response, call, cancel_request}';
     every_function text[] := '{current_user_id, _may_act_for_any_user, _may_read_all_usage, _may_administer, _period_bound, _period_number, usage_chart}';
-    admin_functions text[] := '{upsert_user, set_plan, suspend_user, resume_user, erase_user, rotate_data_key, rotate_data_keys, store_platform_key}';
+    admin_functions text[] := '{upsert_user, set_plan, suspend_user, resume_user, erase_user, rotate_data_key, rotate_data_keys, store_platform_key, delete_platform_key}';
     credit_functions text[] := CASE access
         WHEN 'app' THEN '{record_usage, reserve_credits, settle_credits, release_credits, grant_credits, refund_usage, set_budget}'
         WHEN 'admin' THEN '{grant_credits, refund_usage, set_budget, reset_due_credits, verify_ledger, _ledger}'

@@ -29,6 +29,7 @@
 PG_FUNCTION_INFO_V1(keyvault_store_api_key);
 PG_FUNCTION_INFO_V1(keyvault_store_platform_key);
 PG_FUNCTION_INFO_V1(keyvault_delete_api_key);
+PG_FUNCTION_INFO_V1(keyvault_delete_platform_key);
 
 /* Error 22023 with the providers that are known. What was asked for is not quoted: it may be a key. */
 static void
@@ -146,32 +147,37 @@ keyvault_store_api_key(PG_FUNCTION_ARGS)
 	PG_RETURN_UUID_P(id);
 }
 
+/* Error: 42501 for who may not change the platform's keys. */
+static void
+require_admin(void)
+{
+	if (!kv_identity_is_admin())
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("not allowed to change keys of the platform"),
+				 errhint("keyvault.grant_access(role, 'admin') gives that right.")));
+}
+
 Datum
 keyvault_store_platform_key(PG_FUNCTION_ARGS)
 {
 	KvNewKey	key = {.user_id = KV_PLATFORM_USER};
 
 	kv_redaction_mark_statement();
-	if (!kv_identity_is_admin())
-		ereport(ERROR,
-				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
-				 errmsg("not allowed to store keys of the platform"),
-				 errhint("keyvault.grant_access(role, 'admin') gives that right.")));
+	require_admin();
 	key.provider = kv_argument_text(fcinfo, 0, "provider");
 	key.secret = required_secret(fcinfo, 1);
 	key.name = kv_api_key_name(fcinfo, 2);
 	PG_RETURN_UUID_P(store(&key));
 }
 
-Datum
-keyvault_delete_api_key(PG_FUNCTION_ARGS)
+/* Delete the row of a key; false when there is none. */
+static bool
+delete_row(const char *user_id, const char *provider, const char *name)
 {
 	static KvStatement delete = {
 		"DELETE FROM keyvault.api_keys WHERE user_id = $1 AND provider = $2 AND name = $3", 3, {TEXTOID, TEXTOID, TEXTOID}
 	};
-	char	   *provider = kv_argument_text(fcinfo, 0, "provider");
-	char	   *name = kv_argument_text(fcinfo, 1, "name");
-	char	   *user_id = kv_identity_resolve(fcinfo, 2);
 	Datum		values[3] = {CStringGetTextDatum(user_id), CStringGetTextDatum(provider), CStringGetTextDatum(name)};
 	KvOwnerScope scope;
 	bool		deleted;
@@ -179,8 +185,32 @@ keyvault_delete_api_key(PG_FUNCTION_ARGS)
 	kv_owner_begin(&scope);
 	deleted = kv_statement_execute(&delete, values, NULL) > 0;
 	kv_owner_end(&scope);
+	return deleted;
+}
+
+Datum
+keyvault_delete_api_key(PG_FUNCTION_ARGS)
+{
+	char	   *provider = kv_argument_text(fcinfo, 0, "provider");
+	char	   *name = kv_argument_text(fcinfo, 1, "name");
+	bool		deleted = delete_row(kv_identity_resolve(fcinfo, 2), provider, name);
+
 	if (kv_development_has(name) && kv_development_remove(provider))
 		deleted = true;
+	if (!deleted)
+		kv_api_key_require_provider(provider);
+	PG_RETURN_BOOL(deleted);
+}
+
+Datum
+keyvault_delete_platform_key(PG_FUNCTION_ARGS)
+{
+	char	   *provider;
+	bool		deleted;
+
+	require_admin();
+	provider = kv_argument_text(fcinfo, 0, "provider");
+	deleted = delete_row(KV_PLATFORM_USER, provider, kv_argument_text(fcinfo, 1, "name"));
 	if (!deleted)
 		kv_api_key_require_provider(provider);
 	PG_RETURN_BOOL(deleted);
