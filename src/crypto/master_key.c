@@ -28,6 +28,14 @@
 /* A shared source is not asked again for a missing key when its answer is this young. */
 #define MISSING_KEY_MS 1000
 
+/*
+ * How long a process that asks a slow source for itself alone goes by its last answer: three times what it took, and a
+ * second at least. A worker with many keys to open is kept waiting once, not for each of them.
+ */
+#define ANSWER_KEPT_FACTOR	3
+#define ANSWER_KEPT_MS		1000
+#define ANSWER_TEXT_SIZE	512
+
 /* In the order in which an error names them. */
 static const KvMasterKeySource *const sources[] = {
 	&kv_master_key_from_file, &kv_master_key_from_command, &kv_master_key_from_transit,
@@ -41,6 +49,19 @@ static KvMasterKeyRing *fresh = NULL;
 static bool loaded = false;
 static TimestampTz loaded_at;
 static uint32 generation = 0;
+
+/* Has the source not yielded keys when it was last needed? */
+static bool source_failed = false;
+
+/* What a slow source last answered to this process alone; under another configuration that counts for nothing. */
+static struct
+{
+	TimestampTz reload;
+	TimestampTz kept_until;
+	bool		fetched;
+	char		reason[ANSWER_TEXT_SIZE];
+	char		hint[ANSWER_TEXT_SIZE];
+}			answer;
 
 static void
 raise_unusable(const KvMasterKeySource *source, const char *reason, const char *hint)
@@ -72,6 +93,13 @@ kv_master_key_is_configured(void)
 		if (sources[i]->is_configured())
 			return true;
 	return false;
+}
+
+/* Was the KV004 that this process has met last for want of an answer of the source, which may come yet? */
+bool
+kv_master_key_source_has_failed(void)
+{
+	return source_failed;
 }
 
 /* The one source that is configured. Error: KV004 for none or several. */
@@ -151,15 +179,48 @@ fetch_keys(KvMasterKeyRing *to, const char **reason, const char **hint)
 	return text != NULL && read_keys(to, text, source->id, reason);
 }
 
+/* Ask a slow source for this process alone, unless it has answered a short while ago. */
+static bool
+fetch_alone(KvMasterKeyRing *to, const char **reason, const char **hint)
+{
+	TimestampTz began = GetCurrentTimestamp();
+	bool		counts = answer.reload == PgReloadTime && began < answer.kept_until;
+	int64		took;
+
+	if (counts && answer.fetched && loaded)
+	{
+		*to = *ring;
+		return true;
+	}
+	if (counts && !answer.fetched)
+	{
+		*reason = pstrdup(answer.reason);
+		*hint = pstrdup(answer.hint);
+		return false;
+	}
+	answer.fetched = fetch_keys(to, reason, hint);
+	if (!answer.fetched)
+	{
+		strlcpy(answer.reason, *reason, ANSWER_TEXT_SIZE);
+		strlcpy(answer.hint, *hint, ANSWER_TEXT_SIZE);
+	}
+	took = TimestampDifferenceMilliseconds(began, GetCurrentTimestamp());
+	answer.reload = PgReloadTime;
+	answer.kept_until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), Max(ANSWER_KEPT_FACTOR * took, ANSWER_KEPT_MS));
+	return answer.fetched;
+}
+
 /* Load the keys; shared ones may have been fetched since not_before. The ring in use stays when it fails. Error: KV004. */
 static void
 load_keys(TimestampTz not_before)
 {
-	const KvMasterKeySource *source = configured_source();
+	const KvMasterKeySource *source;
 	const char *reason = NULL;
 	const char *hint = NULL;
 	bool		fetched;
 
+	source_failed = false;
+	source = configured_source();
 	if (ring == NULL)
 	{
 		KvMasterKeyRing *both = kv_secret_page(2 * sizeof(KvMasterKeyRing));
@@ -168,8 +229,11 @@ load_keys(TimestampTz not_before)
 		ring = both;
 	}
 	/* Where only some processes may open keys, none leaves them where others could find them. */
-	fetched = source->shared && kv_reveal ? kv_master_key_cache_get(fresh, not_before, fetch_keys, &reason, &hint)
-		: fetch_keys(fresh, &reason, &hint);
+	if (source->shared && kv_reveal)
+		fetched = kv_master_key_cache_get(fresh, not_before, fetch_keys, &reason, &hint);
+	else
+		fetched = source->shared ? fetch_alone(fresh, &reason, &hint) : fetch_keys(fresh, &reason, &hint);
+	source_failed = !fetched;
 	if (!fetched)
 		raise_unusable(source, reason, hint);
 	if (memcmp(ring, fresh, sizeof(KvMasterKeyRing)) != 0)

@@ -28,6 +28,7 @@ typedef struct KvMasterKeyRing
 } KvMasterKeyRing;
 
 extern bool kv_master_key_is_configured(void);
+extern bool kv_master_key_source_has_failed(void);
 extern const KvMasterKey *kv_master_key_get(void);
 extern const KvMasterKey *kv_master_key_find(const uint8 *kek_id);
 extern uint32 kv_master_key_generation(void);
