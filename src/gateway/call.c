@@ -162,6 +162,8 @@ status_may_pass(long status_code)
 static bool
 is_worth_a_retry(const KvCall *call)
 {
+	if (call->problem_may_pass)
+		return true;
 	if (call->attempt >= kv_max_attempts || call->result.refused)
 		return false;
 	if (call->result.error[0])
@@ -187,6 +189,27 @@ retry_delay_ms(const KvCall *call)
 	return (int) (delay * (0.75 + 0.5 * pg_prng_double(&pg_global_prng_state)));
 }
 
+/*
+ * Put back a call whose key could not be opened for now. That was no attempt, so that what it waits for may take its time;
+ * it is looked at again when it has waited half as long again, after 0.5 to 30 seconds.
+ */
+static void
+wait_for_key(KvCall *call)
+{
+	static KvStatement wait = {
+		"UPDATE keyvault.requests SET status = 'queued', attempts = attempts - 1, error = $4,"
+		" sent_at = CASE WHEN attempts > 1 THEN sent_at END, next_attempt_at = clock_timestamp()"
+		" + least(greatest((clock_timestamp() - queued_at) / 2, '500 ms'), '30 s') * (0.75 + 0.5 * random())"
+		" WHERE user_id = $1 AND id = $2 AND status = 'sent' AND attempts = $3", 4, {TEXTOID, UUIDOID, INT4OID, TEXTOID}
+	};
+	Datum		values[4] = {
+		CStringGetTextDatum(call->user_id), UUIDPGetDatum(&call->id), Int32GetDatum(call->attempt),
+		CStringGetTextDatum(call->problem),
+	};
+
+	kv_statement_execute(&wait, values, NULL);
+}
+
 static void
 retry(KvCall *call, const char *error)
 {
@@ -198,7 +221,10 @@ retry(KvCall *call, const char *error)
 		Int32GetDatum(retry_delay_ms(call)), CStringGetTextDatum(error),
 	};
 
-	kv_statement_execute(&retry, values, NULL);
+	if (call->problem_may_pass)
+		wait_for_key(call);
+	else
+		kv_statement_execute(&retry, values, NULL);
 }
 
 /* Why a call did not succeed, in our own words: the provider's may echo a secret. */

@@ -35,6 +35,7 @@ typedef struct KvCall
 	bool		resolving;		/* the transfer under way fetches the key */
 	bool		key_was_known;	/* the reference was resolved for an earlier call */
 	char	   *problem;		/* why the call cannot be made, or NULL */
+	bool		problem_may_pass;	/* then it goes back into the queue, and that was no attempt */
 	KvTransferResult result;
 	TimestampTz settle_at;		/* not before then: its user's balance was locked */
 	int			settle_delay_ms;

@@ -16,6 +16,7 @@
 #include "base/settings.h"
 #include "base/subtransaction.h"
 #include "catalog/pg_type.h"
+#include "crypto/master_key.h"
 #include "gateway/call.h"
 #include "identity/user.h"
 #include "mb/pg_wchar.h"
@@ -109,6 +110,18 @@ open_key(KvCall *call, HeapTuple row)
 	return key;
 }
 
+/* May a key that could not be opened for this reason be opened later? */
+static bool
+may_open_later(int code)
+{
+	int			category = ERRCODE_TO_CATEGORY(code);
+
+	if (code == ERRCODE_KV_MASTER_KEY)
+		return kv_master_key_source_has_failed();
+	return code == ERRCODE_LOCK_NOT_AVAILABLE || code == ERRCODE_QUERY_CANCELED ||
+		category == ERRCODE_TRANSACTION_ROLLBACK || category == ERRCODE_INSUFFICIENT_RESOURCES;
+}
+
 /* A call whose key is to be opened, and its row. */
 typedef struct KeyOfCall
 {
@@ -132,7 +145,10 @@ try_open_key(KvCall *call, HeapTuple row)
 	ErrorData  *error = kv_subtransaction_run(open_key_of, &key);
 
 	if (error)
+	{
 		call->problem = psprintf("%s: %s", unpack_sql_state(error->sqlerrcode), error->message);
+		call->problem_may_pass = may_open_later(error->sqlerrcode);
+	}
 }
 
 /* The headers of the call: the provider's own, with room for the one with the key. */

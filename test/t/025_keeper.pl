@@ -6,7 +6,7 @@ use Test::More;
 use Keyvault;
 
 my $port = start_mock();
-my $node = new_node('keeper', conf => "keyvault.reveal = off\nautovacuum = off\n");
+my $node = new_node('keeper', conf => "keyvault.reveal = off\nautovacuum = off\nkeyvault.max_attempts = 1\n");
 use_mock($node, $port);
 
 sub sql { return $node->safe_psql('postgres', @_) }
@@ -65,7 +65,62 @@ sub answer_does_not_clear_a_problem
 	return;
 }
 
+# Everything of the calls of users whose id begins so: how often handed to the network, status, and the SQLSTATE why they wait.
+sub waiting
+{
+	my ($users) = @_;
+	return sql("SELECT DISTINCT attempts, status, left(error, 5) FROM keyvault.requests WHERE user_id LIKE '$users%'");
+}
+
+# A lock on api_keys while calls are claimed, as VACUUM FULL has it.
+sub waits_for_a_lock
+{
+	set_config($node, 'keyvault.databases', 'none');
+	ok(wait_until(sub { worker_pid($node) eq '' }), 'no worker');
+	my $request = queue_request($node, 'locked', 'of locked');
+	my $session = $node->background_psql('postgres');
+	$session->query_safe('BEGIN');
+	$session->query_safe('LOCK TABLE keyvault.api_keys IN ACCESS EXCLUSIVE MODE');
+	set_config($node, 'keyvault.databases', undef);
+	ok(wait_until(sub { waiting('locked') eq '0|queued|55P03' }), 'a call whose key is behind a lock goes back into the queue') or diag(waiting('locked'));
+	$session->query_safe('COMMIT');
+	$session->quit;
+	ends_as($node, $request, 'done', 'and is made when the lock is gone');
+	return;
+}
+
+# A server that starts while the source of its master key is down, and slow to fail.
+sub waits_for_the_master_key
+{
+	my $directory = PostgreSQL::Test::Utils::tempdir;
+	my $key = $node->safe_psql('postgres', 'SHOW keyvault.master_key_file');
+	my $program = write_secret("$directory/source", <<"SH", 0700);
+#!/bin/sh
+echo run >> $directory/runs
+[ ! -e $directory/down ] || { sleep 1; exit 1; }
+cat $key
+SH
+	sql("ALTER SYSTEM SET keyvault.master_key_file = ''");
+	sql("ALTER SYSTEM SET keyvault.master_key_command = '$program'");
+	write_secret("$directory/down", '');
+	$node->restart;
+	sql("SELECT keyvault.request('openai', " . chat('of a waiting one') . ", user_id => 'waiting' || n) FROM generate_series(1, 20) n");
+	ok(wait_until(sub { waiting('waiting') eq '0|queued|KV004' }), 'calls wait for a master key that is not there now') or diag(waiting('waiting'));
+	cmp_ok(scalar(() = slurp_file("$directory/runs") =~ /run/g), '<', 10, 'whose source is not asked anew for each of them');
+	unlink "$directory/down";
+	ok(wait_until(sub { waiting('waiting') =~ /^1\|done\|/ }), 'and are made when it is') or diag(waiting('waiting'));
+	is(mock_received($port, 'of a waiting one'), 20, 'each once');
+
+	# A call whose key is under a master key that is not among those of the source has nothing to wait for.
+	write_secret($key, unpack('H*', join '', map { chr int rand 256 } 1 .. 32) . "\n");
+	$node->restart;
+	ends_as($node, queue_request($node, 'another', 'of another'), 'failed', 'another master key is not waited for');
+	return;
+}
+
 sends_no_malformed_key();
 answer_does_not_clear_a_problem();
+waits_for_a_lock();
+waits_for_the_master_key();
 $node->stop;
 done_testing();
