@@ -13,7 +13,8 @@ CREATE TABLE keyvault.plans (
     unknown_model   text NOT NULL DEFAULT 'charge' CHECK (unknown_model IN ('charge', 'refuse', 'allow')),
     unknown_model_usd_per_mtok numeric(18,9) NOT NULL DEFAULT 20
                     CHECK (unknown_model_usd_per_mtok > 0 AND unknown_model_usd_per_mtok < 'Infinity'),
-    notice_percents integer[] NOT NULL DEFAULT '{50,80,100}' CHECK (1 <= ALL (notice_percents) AND 100 >= ALL (notice_percents))
+    notice_percents integer[] NOT NULL DEFAULT '{50,80,100}' CHECK (1 <= ALL (notice_percents) AND 100 >= ALL (notice_percents)),
+    unknown_outcome text NOT NULL DEFAULT 'release' CHECK (unknown_outcome IN ('release', 'charge'))
 );
 COMMENT ON TABLE keyvault.plans IS 'What a user may spend in a month, and what provider cost is worth in credits.';
 COMMENT ON COLUMN keyvault.plans.monthly_credits IS 'Credits per period; NULL is unlimited. A change reaches each user at the next period or set_plan.';
@@ -27,6 +28,8 @@ COMMENT ON COLUMN keyvault.plans.unknown_model IS
     'What a use costs whose model has no price, or is paid by the token and used without stating tokens: charge by unknown_model_usd_per_mtok, with a WARNING; refuse with 22023; allow for nothing, with a WARNING.';
 COMMENT ON COLUMN keyvault.plans.unknown_model_usd_per_mtok IS 'USD per million tokens of any kind, for a model without a price.';
 COMMENT ON COLUMN keyvault.plans.notice_percents IS 'Parts of a period''s credits, in percent, whose use is noted in credit_notices, once a period.';
+COMMENT ON COLUMN keyvault.plans.unknown_outcome IS
+    'What a provider call costs whose answer was lost, a day after, when nobody reconciled it: release, nothing; charge, its estimate.';
 COMMENT ON COLUMN keyvault.plans.own_key_rate IS 'Part of those credits debited when the call used the user''s own key; 0 is free.';
 COMMENT ON COLUMN keyvault.plans.seeded IS 'Shipped with the extension and not changed since.';
 

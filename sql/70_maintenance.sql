@@ -53,13 +53,13 @@ DECLARE
     holder keyvault.credit_balances;
     gone bigint;
 BEGIN
+    purged := keyvault._charge_unknown(few);
     WITH expired AS MATERIALIZED (
         SELECT DISTINCT h.user_id FROM keyvault.credit_holds h WHERE h.expires_at <= now() AND h.amount > 0
     ), locked AS MATERIALIZED (
         SELECT b FROM expired e JOIN keyvault.credit_balances b ON b.user_id = e.user_id AND b.slot = 0
          ORDER BY b.user_id LIMIT few FOR NO KEY UPDATE OF b SKIP LOCKED)
     SELECT array_agg(l.b) INTO holders FROM locked l;
-    purged := 0;
     FOREACH holder IN ARRAY coalesce(holders, '{}') LOOP
         IF keyvault._slots_are_free(holder) THEN
             PERFORM keyvault._lock_balance(holder.user_id, false);
@@ -76,7 +76,7 @@ BEGIN
         WITH old AS (
             SELECT r.user_id, r.id FROM keyvault.requests r
              WHERE r.id < (lpad(to_hex(floor(extract(epoch FROM kept_from) * 1000)::bigint), 12, '0') || repeat('0', 20))::uuid
-               AND r.finished_at < kept_from
+               AND r.finished_at < kept_from AND (r.status <> 'unknown' OR r.finished_at <= now() - interval '1 day')
              ORDER BY r.id LIMIT batch FOR UPDATE SKIP LOCKED
         ), answers AS (
             DELETE FROM keyvault.responses a USING old o WHERE a.user_id = o.user_id AND a.id = o.id
@@ -91,7 +91,7 @@ BEGIN
     more := more OR gone >= batch;
 END $$;
 COMMENT ON FUNCTION keyvault._purge(integer) IS
-    'Takes the expired holds of users, 250 at most, whose balances nobody else has locked off these, then deletes up to batch requests that ended longer than keyvault.response_retention ago, with their answers, and what _purge_aged deletes; returns how many of all, and whether there are more.';
+    'Charges unknown outcomes that are due, takes the expired holds of users, 250 at most, whose balances nobody else has locked off these, then deletes up to batch requests that ended longer than keyvault.response_retention ago, with their answers, and what _purge_aged deletes; returns how many of all, and whether there are more.';
 
 CREATE FUNCTION keyvault._maintain(job text, batch integer = 10000, OUT done bigint, OUT more boolean, OUT detail text)
     LANGUAGE plpgsql

@@ -99,6 +99,64 @@ SELECT keyvault.request('gemini', '{}', path => '/v1beta/models/gemini-2.5-pro:g
        keyvault.request('openai', '{"model": "gpt-5"}', model => 'gpt-5-mini', user_id => 'rp_g') IS NOT NULL;
 SELECT path, model, body, held IS NOT NULL AS held FROM pg_temp.asked WHERE user_id = 'rp_g';
 
+-- An answer that is lost: nothing is charged until somebody says what became of the call, once.
+CREATE FUNCTION pg_temp.lose(request uuid) RETURNS uuid LANGUAGE plpgsql AS $$
+BEGIN
+    UPDATE keyvault.requests SET status = 'sent', attempts = 1 WHERE id = request;
+    ASSERT keyvault._settle_request((SELECT user_id FROM keyvault.requests WHERE id = request), request, 1, 'unknown', NULL, NULL, 'lost', NULL, NULL, NULL, NULL, NULL, false);
+    RETURN request;
+END $$;
+CREATE VIEW pg_temp.outcomes AS
+SELECT r.status, r.error, a.status AS answer, trim_scale(a.credits) AS answer_credits, u.input_tokens, u.output_tokens, u.tokens, trim_scale(u.cost_usd) AS cost_usd,
+       trim_scale(u.credits) AS credits, trim_scale(u.credits_overrun) AS overrun, u.price, h.id IS NOT NULL AS held
+  FROM keyvault.requests r JOIN keyvault.responses a ON a.user_id = r.user_id AND a.id = r.id LEFT JOIN keyvault.usage_records u ON u.request_id = r.id
+  LEFT JOIN keyvault.credit_holds h ON h.id = r.hold_id WHERE r.user_id = 'rp_u' ORDER BY r.id;
+SELECT pg_temp.lose(keyvault.request('openai', '{"model": "gpt-5", "max_tokens": 1000}', user_id => 'rp_u')) AS released \gset
+SELECT pg_temp.lose(keyvault.request('openai', '{"model": "gpt-5", "max_tokens": 1000}', user_id => 'rp_u')) AS estimated \gset
+SELECT pg_temp.lose(keyvault.request('openai', '{"model": "gpt-5", "max_tokens": 1000}', user_id => 'rp_u')) AS counted \gset
+SELECT pg_temp.lose(keyvault.request('openai', '{"model": "gpt-5", "max_tokens": 1000}', user_id => 'rp_u')) AS stated \gset
+SELECT pg_temp.lose(keyvault.request('openai', '{"model": "gpt-5", "max_tokens": 1000}', user_id => 'rp_u')) AS forgotten \gset
+SELECT keyvault.request('openai', '{"model": "gpt-5", "max_tokens": 1000}', user_id => 'rp_u') AS queued \gset
+SELECT user_id, id = :'released' AS first, provider, model, payer, estimated_usd, credits_held, held_until > now() + interval '23 hours' AS held, finished_at IS NOT NULL AS finished, error
+  FROM keyvault.unknown_requests() WHERE user_id = 'rp_u';
+SELECT s.* FROM unnest(ARRAY['NULL, ''charge''', '%L, NULL', '%L, ''ignore''', '%L, ''release'', 1', '%L, ''release'', cost_usd => 1', '%L, ''charge'', -1', '%L, ''charge'', 1, -1', '%L, ''charge'', 1, 1, -1',
+                              '%L, ''charge'', cost_usd => 0', '%L, ''charge'', cost_usd => ''NaN''', '%L, ''charge'', cost_usd => ''Infinity''', '''00000000-0000-7000-8000-000000000000'', ''charge''']) a,
+       LATERAL pg_temp.refusal(format('SELECT keyvault.reconcile_request(' || a || ')', :'released')) s;
+SELECT keyvault.reconcile_request(:'released', 'release'), keyvault.reconcile_request(:'estimated', 'charge'), keyvault.reconcile_request(:'counted', 'charge', 100, 200, 50),
+       keyvault.reconcile_request(:'stated', 'charge', cost_usd => 2), keyvault.reconcile_request(:'stated', 'charge'), keyvault.reconcile_request(:'queued', 'release');
+SELECT * FROM pg_temp.outcomes;
+SELECT credits_used, credits_held FROM keyvault.credit_status WHERE user_id = 'rp_u';
+-- one that nobody reconciles is the plan's to say
+UPDATE keyvault.requests SET finished_at = now() - interval '1 day' WHERE id = :'forgotten';
+SELECT keyvault._charge_unknown(100);
+UPDATE keyvault.plans SET unknown_outcome = 'charge' WHERE plan = 'rp_plain';
+SELECT keyvault.set_plan('rp_u', 'rp_plain');
+SELECT pg_temp.lose(keyvault.request('openai', '{"model": "gpt-5", "max_tokens": 1000}', user_id => 'rp_u')) AS recent, pg_temp.lose(keyvault.request('openai', '{"model": "gpt-5", "max_tokens": 1000}', user_id => 'rp_u')) AS second \gset
+UPDATE keyvault.requests SET finished_at = now() - interval '25 hours' WHERE id = :'second';
+SELECT purged >= 2 AS purged FROM keyvault._purge(100);
+SELECT r.id = :'recent' AS recent, r.status, r.error FROM keyvault.requests r WHERE r.id IN (:'forgotten', :'recent', :'second') ORDER BY id;
+SELECT credits, cost_usd FROM keyvault.usage_records WHERE request_id IN (:'forgotten', :'second');
+-- whoever acts for users, and administrators; not the users
+CREATE ROLE regress_kv_user;
+CREATE ROLE regress_kv_admin;
+SELECT keyvault.grant_access('regress_kv_user', 'user'), keyvault.grant_access('regress_kv_admin', 'admin');
+SET ROLE regress_kv_user;
+SELECT state FROM pg_temp.refusal($$SELECT keyvault.reconcile_request('00000000-0000-7000-8000-000000000000', 'charge')$$);
+SELECT state FROM pg_temp.refusal($$SELECT keyvault.unknown_requests()$$);
+RESET ROLE;
+GRANT EXECUTE ON FUNCTION keyvault.unknown_requests(), keyvault.reconcile_request TO regress_kv_user;
+SET ROLE regress_kv_user;
+SELECT state, message FROM pg_temp.refusal($$SELECT keyvault.reconcile_request('00000000-0000-7000-8000-000000000000', 'charge')$$);
+SELECT state, message FROM pg_temp.refusal($$SELECT keyvault.unknown_requests()$$);
+RESET ROLE;
+REVOKE EXECUTE ON FUNCTION keyvault.unknown_requests(), keyvault.reconcile_request FROM regress_kv_user;
+SET ROLE regress_kv_admin;
+SELECT count(*) FROM keyvault.unknown_requests() WHERE user_id = 'rp_u';
+SELECT keyvault.reconcile_request(:'recent', 'release');
+RESET ROLE;
+SELECT keyvault.revoke_access('regress_kv_user', 'user'), keyvault.revoke_access('regress_kv_admin', 'admin');
+DROP ROLE regress_kv_user, regress_kv_admin;
+
 SELECT * FROM keyvault.verify_ledger() WHERE user_id LIKE 'rp\_%';
 SELECT count(keyvault.cancel_request(id)) FROM keyvault.requests WHERE user_id LIKE 'rp\_%' AND status = 'queued';
 DELETE FROM keyvault.api_keys WHERE user_id = '';
