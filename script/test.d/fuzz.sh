@@ -1,7 +1,8 @@
-# The parsers under libFuzzer, AddressSanitizer and UndefinedBehaviorSanitizer: a minute in all, or KV_FUZZ_SECONDS. Sourced by
-# script/test. A run begins from, and adds to, the corpora in the folder KV_FUZZ_CORPUS, if that is set.
+# The parsers under libFuzzer, AddressSanitizer and UndefinedBehaviorSanitizer: each for 20 seconds, or KV_FUZZ_SECONDS, as many
+# at a time as there are processors. Sourced by script/test. A run begins from, and adds to, the corpora in the folder
+# KV_FUZZ_CORPUS, if that is set.
 run_fuzz() {
-	local work=$work/fuzz seconds=${KV_FUZZ_SECONDS:-60} targets=(record wrap box env_file master_key reference secret_text) target
+	local work=$work/fuzz seconds=${KV_FUZZ_SECONDS:-20} targets=(record wrap box env_file master_key reference secret_text) target
 	local corpus=${KV_FUZZ_CORPUS:-$work/corpus}
 	mkdir -p "$work" "$corpus"
 	for target in "${targets[@]}"; do
@@ -10,7 +11,14 @@ run_fuzz() {
 	done
 	finds_planted "$corpus/env_file"
 	for target in "${targets[@]}"; do
-		fuzz_target "$target" "$corpus/$target" $(((seconds + ${#targets[@]} - 1) / ${#targets[@]}))
+		while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do
+			wait -n
+		done
+		fuzz_target "$target" "$corpus/$target" "$seconds" &
+	done
+	wait
+	for target in "${targets[@]}"; do
+		report_target "$target"
 	done
 }
 
@@ -65,12 +73,18 @@ seed_target() {
 	esac
 }
 
-# fuzz_target TARGET CORPUS SECONDS
+# fuzz_target TARGET CORPUS SECONDS: run it; it ends well if its status says so.
 fuzz_target() {
-	local target=$1 corpus=$2 seconds=$3 runs
-	if KV_FUZZ_RECORD="$corpus/golden" KV_FUZZ_WRAP="$corpus/golden" KV_FUZZ_BOX="$corpus/valid" \
+	local target=$1 corpus=$2 seconds=$3
+	KV_FUZZ_RECORD="$corpus/golden" KV_FUZZ_WRAP="$corpus/golden" KV_FUZZ_BOX="$corpus/valid" \
 		"$work/$target" -max_total_time="$seconds" -max_len=4096 -timeout=10 -rss_limit_mb=2048 -dict=test/fuzz/dictionary -print_final_stats=1 \
-		-artifact_prefix="$work/crash-$target-" "$corpus" > "$work/$target.log" 2>&1; then
+		-artifact_prefix="$work/crash-$target-" "$corpus" > "$work/$target.log" 2>&1
+	echo $? > "$work/$target.status"
+}
+
+report_target() {
+	local target=$1 runs
+	if [ "$(cat "$work/$target.status")" = 0 ]; then
 		runs=$(sed -n 's/^stat::number_of_executed_units: *//p' "$work/$target.log")
 		printf '%s: %s executions, %s' "$target" "$runs" "$(sed -n 's/.*\(cov: [0-9]*\).*\(corp: [0-9]*\).*/\1, \2/p' "$work/$target.log" | tail -n 1)"
 		sed -n 's/^[0-9]* changed bytes refused$/, &/p' "$work/$target.log" | tr -d '\n'
