@@ -78,7 +78,7 @@ COMMENT ON COLUMN keyvault.api_keys.hint IS 'Enough of the key for its owner to 
 COMMENT ON COLUMN keyvault.api_keys.fingerprint IS 'Keyed hash under the user''s own data key: equal for equal keys of one user, and only there. NULL for a sealed box.';
 COMMENT ON COLUMN keyvault.api_keys.last_used_at IS 'When the key was last looked up or called with; written within keyvault.key_use_flush_interval.';
 COMMENT ON COLUMN keyvault.api_keys.use_count IS 'How often the key was looked up or called with, platform and user alike; written as last_used_at is.';
-COMMENT ON COLUMN keyvault.api_keys.problem IS 'Why a sealed box could not be opened.';
+COMMENT ON COLUMN keyvault.api_keys.problem IS 'Why a sealed box could not be opened, or no record made of it.';
 COMMENT ON COLUMN keyvault.api_keys.status IS 'active; failed: the provider refused it when it was last used.';
 COMMENT ON COLUMN keyvault.api_keys.source IS 'user; platform: its own; reference: what is encrypted names where the key is kept.';
 COMMENT ON COLUMN keyvault.api_keys.rotated_at IS 'When the value last changed.';

@@ -11,7 +11,7 @@ CREATE TABLE keyvault.providers (
     headers      jsonb NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(headers) = 'object' AND NOT jsonb_path_exists(headers,
                  '$.keyvalue() ? (@.value.type() != "string" || !(@.value like_regex "^[ -~]*$") || !(@.key like_regex "^[A-Za-z0-9-]+$"))')),
     env_var      text CHECK (env_var ~ '^[A-Z][A-Z0-9_]{0,62}$'),
-    key_pattern  text,
+    key_pattern  text CHECK (('' ~ key_pattern) IS NOT NULL OR key_pattern IS NULL),
     test_path    text CHECK (test_path ~ '^/[!-~]*$'),
     allowed_host text,
     usd_per_request numeric(18,9) NOT NULL DEFAULT 0.01 CHECK (usd_per_request >= 0 AND usd_per_request < 'Infinity'),
@@ -27,7 +27,7 @@ COMMENT ON COLUMN keyvault.providers.auth_scheme IS 'The word before the key in 
 COMMENT ON COLUMN keyvault.providers.headers IS 'Further headers of every request, {"name": "value"}.';
 COMMENT ON COLUMN keyvault.providers.env_var IS
     'The environment variable the provider''s own SDK reads its key from, and development mode; NULL for the provider''s name and _API_KEY.';
-COMMENT ON COLUMN keyvault.providers.key_pattern IS 'A regular expression that a key must match, besides 8 to 512 printable ASCII characters.';
+COMMENT ON COLUMN keyvault.providers.key_pattern IS 'A regular expression that a key must match, besides 8 to 512 printable ASCII characters; 2201B for one that does not compile.';
 COMMENT ON COLUMN keyvault.providers.test_path IS 'A path whose GET answers 200 to a good key and costs nothing.';
 COMMENT ON COLUMN keyvault.providers.allowed_host IS
     'An administrator''s exception: this host, or host:port, may be called over plain http and at a private or loopback address.';

@@ -2191,7 +2191,7 @@ COMMENT ON COLUMN keyvault.api_keys.last_used_at IS 'When the key was last looke
 
 COMMENT ON COLUMN keyvault.api_keys.use_count IS 'How often the key was looked up or called with, platform and user alike; written as last_used_at is.';
 
-COMMENT ON COLUMN keyvault.api_keys.problem IS 'Why a sealed box could not be opened.';
+COMMENT ON COLUMN keyvault.api_keys.problem IS 'Why a sealed box could not be opened, or no record made of it.';
 
 COMMENT ON COLUMN keyvault.api_keys.source IS 'user; platform: its own; reference: what is encrypted names where the key is kept.';
 
@@ -2515,6 +2515,9 @@ COMMENT ON FUNCTION keyvault._flush_key_use() IS
 
 ALTER TABLE keyvault.providers RENAME COLUMN env_variable TO env_var;
 ALTER TABLE keyvault.providers RENAME CONSTRAINT providers_env_variable_check TO providers_env_var_check;
+-- A pattern that does not compile refused every key of its provider: correct or remove it, then update again.
+ALTER TABLE keyvault.providers ADD CONSTRAINT providers_key_pattern_check CHECK (('' ~ key_pattern) IS NOT NULL OR key_pattern IS NULL);
+COMMENT ON COLUMN keyvault.providers.key_pattern IS 'A regular expression that a key must match, besides 8 to 512 printable ASCII characters; 2201B for one that does not compile.';
 
 COMMENT ON COLUMN keyvault.providers.env_var IS
     'The environment variable the provider''s own SDK reads its key from, and development mode; NULL for the provider''s name and _API_KEY.';

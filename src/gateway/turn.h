@@ -28,7 +28,9 @@ typedef struct KvWorker
 	TimestampTz next_retry;		/* when a queued request becomes due */
 	TimestampTz idle_since;
 	uint64		key_use_round;	/* the last one in which we flushed */
-	TimestampTz boxes_due;		/* when to open sealed keys again */
+	TimestampTz boxes_due;		/* when to open sealed keys */
+	TimestampTz boxes_again;	/* when to go through those as well that an error kept from it */
+	bool		boxes_failed;	/* has the pass over them met any that still fail? */
 } KvWorker;
 
 extern void kv_turn_begin(const char *activity);

@@ -43,6 +43,10 @@
 
 #define BOXES_AT_ONCE 100
 
+/* When to try boxes again that could not be opened, and those behind a lock. */
+#define BOXES_AGAIN_MS	60000
+#define BOXES_LOCKED_MS	500
+
 PGDLLEXPORT void keyvault_worker_main(Datum arg);
 
 /* Collect what the network has finished. */
@@ -63,19 +67,46 @@ collect_ended(KvWorker *worker)
 	}
 }
 
-/* Make records of sealed keys; when that is not possible, for want of a master key, another time. */
-static void
-open_boxes(KvWorker *worker)
+static TimestampTz
+in_ms(int ms)
 {
+	return TimestampTzPlusMilliseconds(GetCurrentTimestamp(), ms);
+}
+
+/* Make records of sealed keys: of new ones, or, when that is due, of those as well that failed. */
+static void
+convert_boxes(KvWorker *worker)
+{
+	bool		all = worker->boxes_again <= GetCurrentTimestamp();
+	bool		failed;
+	int			n = kv_sealed_key_convert(BOXES_AT_ONCE, all, &failed);
+
+	if (n < BOXES_AT_ONCE)
+		TIMESTAMP_NOEND(worker->boxes_due);
+	if (all && n < BOXES_AT_ONCE)
+		worker->boxes_again = worker->boxes_failed || failed ? in_ms(BOXES_AGAIN_MS) : worker->boxes_due;
+	else if (failed && !all)
+		worker->boxes_again = Min(worker->boxes_again, in_ms(BOXES_AGAIN_MS));
+	worker->boxes_failed = all && n == BOXES_AT_ONCE && (worker->boxes_failed || failed);
+}
+
+static void
+make_sealing_key(KvWorker *worker)
+{
+	kv_sealed_key_make_ready();
+}
+
+/* Do work with sealed keys in a turn of its own; when that is not possible, for want of a master key, another time. */
+static bool
+take_turn_for_boxes(KvWorker *worker, const char *activity, void (*work) (KvWorker *worker))
+{
+	volatile bool done = true;
 	char	   *message;
 
 	PG_TRY();
 	{
-		kv_turn_begin("opening sealed keys");
-		if (kv_sealed_key_convert(BOXES_AT_ONCE) == BOXES_AT_ONCE)
-			worker->boxes_due = 0;
-		else
-			TIMESTAMP_NOEND(worker->boxes_due);
+		kv_turn_begin(activity);
+		work(worker);
 		kv_turn_end();
 	}
 	PG_CATCH();
@@ -86,18 +117,32 @@ open_boxes(KvWorker *worker)
 			ereport(WARNING,
 					(errcode(code), errmsg("sealed keys cannot be opened: %s", message),
 					 errhint("The worker tries again in a minute, and after a reload.")));
-		worker->boxes_due = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), kv_turn_error_may_pass(code) ? 500 : 60000);
+		worker->boxes_due = in_ms(kv_turn_error_may_pass(code) ? BOXES_LOCKED_MS : BOXES_AGAIN_MS);
+		worker->boxes_again = Max(worker->boxes_again, worker->boxes_due);
+		done = false;
 	}
 	PG_END_TRY();
 	MemoryContextSwitchTo(worker->context);
 	MemoryContextReset(worker->turn_context);
+	return done;
+}
+
+/* Neither keeps the other from its work. */
+static void
+open_boxes(KvWorker *worker)
+{
+	bool		made = kv_reveal || take_turn_for_boxes(worker, "making a sealing key", make_sealing_key);
+	TimestampTz due = worker->boxes_due;
+
+	if (take_turn_for_boxes(worker, "opening sealed keys", convert_boxes) && !made)
+		worker->boxes_due = Min(worker->boxes_due, due);
 }
 
 /* Are there sealed keys to open? With keyvault.reveal off every wake-up may be about one. */
 static bool
 boxes_are_due(const KvWorker *worker)
 {
-	return worker->boxes_due <= GetCurrentTimestamp() ||
+	return Min(worker->boxes_due, worker->boxes_again) <= GetCurrentTimestamp() ||
 		(!kv_reveal && worker->look && TIMESTAMP_IS_NOEND(worker->boxes_due));
 }
 
@@ -142,7 +187,7 @@ wait_for_work(KvWorker *worker)
 
 	sooner(now, worker->next_retry, &timeout_ms);
 	sooner(now, kv_maintenance_due_at(), &timeout_ms);
-	sooner(now, worker->boxes_due, &timeout_ms);
+	sooner(now, Min(worker->boxes_due, worker->boxes_again), &timeout_ms);
 	sooner(now, next_settlement(worker), &timeout_ms);
 	if (is_idle(worker))
 		sooner(now, TimestampTzPlusMilliseconds(worker->idle_since, kv_worker_idle_timeout), &timeout_ms);
@@ -212,6 +257,7 @@ serve_interrupts(KvWorker *worker)
 		kv_reference_forget_all();
 		worker->look = true;
 		worker->boxes_due = 0;
+		worker->boxes_again = 0;
 	}
 }
 
@@ -240,7 +286,7 @@ turn_is_due(KvWorker *worker)
 	if (wakeups != worker->wakeups)
 		worker->look = true;
 	worker->wakeups = wakeups;
-	return worker->look || worker->boxes_due <= now || worker->next_retry <= now || next_settlement(worker) <= now;
+	return worker->look || Min(worker->boxes_due, worker->boxes_again) <= now || worker->next_retry <= now || next_settlement(worker) <= now;
 }
 
 /* Connect, and leave again where there is nothing to do. */

@@ -20,7 +20,9 @@
 #include "base/pg_version.h"
 #include "base/redaction.h"
 #include "base/settings.h"
+#include "base/subtransaction.h"
 #include "catalog/pg_type.h"
+#include "crypto/master_key.h"
 #include "crypto/reveal.h"
 #include "crypto/sealing_key.h"
 #include "fmgr.h"
@@ -151,17 +153,17 @@ keyvault_store_sealed_api_key(PG_FUNCTION_ARGS)
 	PG_RETURN_UUID_P(id);
 }
 
-/* Mark a box that cannot become a record. */
+/* Note why a box is not a record; final when it never can be. */
 static void
-mark_failed(Datum user_id, Datum id, const char *problem)
+note_problem(Datum user_id, Datum id, const char *problem, bool final)
 {
-	static KvStatement fail = {
-		"UPDATE keyvault.api_keys SET status = 'failed', problem = $3 WHERE user_id = $1 AND id = $2",
-		3, {TEXTOID, UUIDOID, TEXTOID}
+	static KvStatement note = {
+		"UPDATE keyvault.api_keys SET status = CASE WHEN $4 THEN 'failed' ELSE status END, problem = $3 WHERE user_id = $1 AND id = $2",
+		4, {TEXTOID, UUIDOID, TEXTOID, BOOLOID}
 	};
-	Datum		values[3] = {user_id, id, CStringGetTextDatum(problem)};
+	Datum		values[4] = {user_id, id, CStringGetTextDatum(problem), BoolGetDatum(final)};
 
-	kv_statement_execute(&fail, values, NULL);
+	kv_statement_execute(&note, values, NULL);
 }
 
 static void
@@ -182,35 +184,128 @@ convert_row(HeapTuple row, TupleDesc tupdesc)
 		problem = kv_key_shape_problem(secret, strlen(secret), provider);
 
 	if (problem)
-		mark_failed(user_id, id, problem);
+		note_problem(user_id, id, problem, true);
 	else
 		kv_key_row_convert(user, DatumGetUUIDP(id), provider, is_reference, secret);
 }
 
-/*
- * Make records of up to max boxes, and a sealing key where there is none or it is old;
- * returns how many boxes were looked at. The worker calls it, in a transaction of its own. Error: KV004.
- */
-int
-kv_sealed_key_convert(int max)
+/* Make a sealing key where there is none or it is old. The worker calls it. Error: KV004. */
+void
+kv_sealed_key_make_ready(void)
 {
-	static KvStatement find = {
-		"SELECT user_id, id, provider, ciphertext, source = 'reference' FROM keyvault.api_keys"
-		" WHERE fingerprint IS NULL AND status = 'active' ORDER BY user_id, id LIMIT $1 FOR UPDATE SKIP LOCKED", 1, {INT4OID}
-	};
-	Datum		limit = Int32GetDatum(max);
 	KvBoxKey	newest;
 	KvOwnerScope scope;
+
+	kv_owner_begin(&scope);
+	if (!kv_sealing_key_newest(&newest))
+		kv_sealing_key_make();
+	kv_owner_end(&scope);
+}
+
+/* A row of find_boxes. */
+typedef struct BoxRow
+{
+	HeapTuple	row;
+	TupleDesc	tupdesc;
+} BoxRow;
+
+static void
+convert_box_row(void *arg)
+{
+	BoxRow	   *box = arg;
+
+	convert_row(box->row, box->tupdesc);
+}
+
+/* Make a record of a box, or note why not; returns the error that it is noted for. Throws what keeps all boxes from it. */
+static ErrorData *
+try_convert(BoxRow *box)
+{
+	ErrorData  *error = kv_subtransaction_run(convert_box_row, box);
+	bool		isnull;
+
+	if (error == NULL)
+		return NULL;
+	if (error->sqlerrcode == ERRCODE_QUERY_CANCELED ||
+		(error->sqlerrcode == ERRCODE_KV_MASTER_KEY && kv_master_key_source_has_failed()))
+		ReThrowError(error);
+	note_problem(SPI_getbinval(box->row, box->tupdesc, 1, &isnull), SPI_getbinval(box->row, box->tupdesc, 2, &isnull),
+				 psprintf("%s: %s", unpack_sql_state(error->sqlerrcode), error->message), false);
+	return error;
+}
+
+/* Where a pass over all boxes stands: behind this one. The worker's. */
+static char pass_user[KV_USER_ID_MAX + 1] = "";
+static pg_uuid_t pass_id;
+
+/* Boxes without a problem, or with all, any behind the one where the pass stands. */
+static uint64
+find_boxes(int max, bool all)
+{
+	/* The SQL of version 0.1.0 has no column problem, and no boxes. */
+	static KvStatement find = {
+		"SELECT k.user_id, k.id, k.provider, k.ciphertext, k.source = 'reference' FROM keyvault.api_keys k"
+		" WHERE k.fingerprint IS NULL AND k.status = 'active' AND (k.user_id, k.id) > ($2, $3)"
+		" AND ($4 OR to_jsonb(k) ->> 'problem' IS NULL)"
+		" ORDER BY k.user_id, k.id LIMIT $1 FOR UPDATE SKIP LOCKED", 4, {INT4OID, TEXTOID, UUIDOID, BOOLOID}
+	};
+	pg_uuid_t	first = {{0}};
+	Datum		values[4] = {
+		Int32GetDatum(max), CStringGetTextDatum(all ? pass_user : ""), UUIDPGetDatum(all ? &pass_id : &first), BoolGetDatum(all),
+	};
+
+	return kv_statement_execute(&find, values, NULL);
+}
+
+/* Have the pass stand at a row; without one it begins anew. */
+static void
+advance_pass(const BoxRow *last)
+{
+	bool		isnull;
+
+	memset(&pass_id, 0, sizeof(pass_id));
+	pass_user[0] = '\0';
+	if (last == NULL)
+		return;
+	pass_id = *DatumGetUUIDP(SPI_getbinval(last->row, last->tupdesc, 2, &isnull));
+	strlcpy(pass_user, TextDatumGetCString(SPI_getbinval(last->row, last->tupdesc, 1, &isnull)), sizeof(pass_user));
+}
+
+/*
+ * Make records of up to max boxes. One that an error keeps from it, its user's data key being
+ * broken for one, stays a box with a problem, *failed tells of such, and only a pass over all
+ * looks at it again; that goes on behind the boxes of the last call, and ends with fewer than
+ * max. Returns how many were looked at. The worker calls it, in a transaction of its own.
+ * Error: KV004.
+ */
+int
+kv_sealed_key_convert(int max, bool all, bool *failed)
+{
+	KvOwnerScope scope;
+	BoxRow		box = {NULL};
+	ErrorData  *first = NULL;
 	SPITupleTable *rows;
 	int			n;
 
 	kv_owner_begin(&scope);
-	if (!kv_reveal && !kv_sealing_key_newest(&newest))
-		kv_sealing_key_make();
-	n = (int) kv_statement_execute(&find, &limit, NULL);
+	n = (int) find_boxes(max, all);
 	rows = SPI_tuptable;
+	box.tupdesc = rows->tupdesc;
 	for (int i = 0; i < n; i++)
-		convert_row(rows->vals[i], rows->tupdesc);
+	{
+		ErrorData  *error;
+
+		box.row = rows->vals[i];
+		error = try_convert(&box);
+		first = first ? first : error;
+	}
+	if (all)
+		advance_pass(n == max ? &box : NULL);
+	if (first)
+		ereport(WARNING,
+				(errcode(first->sqlerrcode), errmsg("sealed keys cannot be opened: %s", first->message),
+				 errhint("The worker tries again in a minute, and after a reload.")));
+	*failed = first != NULL;
 	kv_owner_end(&scope);
 	return n;
 }

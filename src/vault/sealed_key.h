@@ -8,6 +8,7 @@
 
 #include "postgres.h"
 
-extern int	kv_sealed_key_convert(int max);
+extern void kv_sealed_key_make_ready(void);
+extern int	kv_sealed_key_convert(int max, bool all, bool *failed);
 
 #endif

@@ -65,6 +65,29 @@ sub answer_does_not_clear_a_problem
 	return;
 }
 
+# A box that an error keeps from becoming a record leaves the others alone, and the sealing key.
+sub one_bad_row_stops_no_other
+{
+	my $converted = sub { my ($user) = @_; sql("SELECT coalesce(bool_and(fingerprint IS NOT NULL), false) FROM keyvault.api_keys WHERE user_id = '$user'") eq 't' };
+	is(store_sealed('bad row', 'sk-key-of-a-bad-row-0123456'), '', 'a key of a user');
+	ok(wait_until(sub { $converted->('bad row') }), 'becomes a record');
+	my $wrapped = sql("SELECT wrapped FROM keyvault.data_keys WHERE user_id = 'bad row'");
+	sql("UPDATE keyvault.data_keys SET wrapped = set_byte(wrapped, 40, 255 - get_byte(wrapped, 40)) WHERE user_id = 'bad row'");
+	is(store_sealed($_, 'sk-key-of-a-bad-row-0123456'), '', "a box for $_") foreach 'bad row', 'good row';
+	ok(wait_until(sub { $converted->('good row') }), 'one whose data key was altered does not hold up another');
+	like(told('bad row'), qr/^active\|KV005: /, 'its owner is told') or diag(told('bad row'));
+	sql("UPDATE keyvault.sealing_keys SET created_at = created_at - interval '91 days'");
+	my $before = sql('SELECT key_id FROM keyvault.sealing_keys ORDER BY created_at DESC LIMIT 1');
+	queue_request($node, 'late', 'of a wake-up');
+	ok(wait_until(sub { sql('SELECT key_id FROM keyvault.sealing_keys ORDER BY created_at DESC LIMIT 1') ne $before }), 'nor the sealing key');
+	sql("UPDATE keyvault.data_keys SET wrapped = '$wrapped' WHERE user_id = 'bad row'");
+	$node->reload;
+	ok(wait_until(sub { $converted->('bad row') }), 'when its data key is whole again it becomes a record');
+	is(told('bad row'), 'active|', 'and has no problem');
+	is(state_of($node, "UPDATE keyvault.providers SET key_pattern = '(' WHERE provider = 'openai'"), '2201B', 'a key_pattern that does not compile is refused');
+	return;
+}
+
 # Everything of the calls of users whose id begins so: how often handed to the network, status, and the SQLSTATE why they wait.
 sub waiting
 {
@@ -120,6 +143,7 @@ SH
 
 sends_no_malformed_key();
 answer_does_not_clear_a_problem();
+one_bad_row_stops_no_other();
 waits_for_a_lock();
 waits_for_the_master_key();
 $node->stop;
