@@ -168,6 +168,13 @@ foreach my $directive ('usage=hostile', 'usage=negative', 'usage=giant', 'usage=
 	cmp_ok(usage_of($answer->{id})->{cost_usd}, '<=', $estimate, "$directive: never more than estimated");
 	cmp_ok(usage_of($answer->{id})->{cost_usd}, '>', 0, "$directive: never free");
 }
+my $claim = answer('openai', chat('[[mock: tokens=999999999,999999999]]'));
+my $believed = usage_of($claim->{id});
+is("@$claim{qw(input_tokens output_tokens)}", '999999999 999999999', 'plausible but absurd: stored as the answer states it');
+is($believed->{output_tokens}, 100 + 4096, '... output is believed up to the limit asked for and what may come beside it');
+cmp_ok($believed->{input_tokens}, '<', 401_000, '... input up to the window and the body');
+cmp_ok($believed->{credits}, '<', 200, '... and no more is charged');
+cmp_ok($believed->{credits_overrun}, '>', 1_000_000, '... the rest is overrun');
 my $echo = answer('openai', chat('[[mock: echo-key]]'));
 my $stored = $node->safe_psql('postgres', "SELECT body FROM keyvault.responses WHERE id = '$echo->{id}'");
 unlike($stored, qr/platform-key-of-openai/, 'an echoed key is not stored');
