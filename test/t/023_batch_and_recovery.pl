@@ -9,12 +9,13 @@ use Test::More;
 use Keyvault;
 
 my $master_key = new_master_key();
-my $node = new_node('batch', master_key => $master_key, conf => "log_statement = all\nlog_min_duration_statement = 0\nlog_parameter_max_length = -1\n");
+my $logs_all = "log_statement = all\nlog_min_duration_statement = 0\nlog_parameter_max_length = -1\n";
+my $node = new_node('batch', master_key => $master_key, conf => $logs_all);
 
 sub keys_of
 {
-	my ($user, $database) = @_;
-	return $node->safe_psql($database // 'postgres', "SELECT keyvault.user_api_keys('$user')");
+	my ($user) = @_;
+	return $node->safe_psql('postgres', "SELECT keyvault.user_api_keys('$user')");
 }
 
 sub batch
@@ -99,38 +100,59 @@ is(scalar(() = gpg($some, '--decrypt') =~ /\n/g), 3, "a bundle of one user's key
 my ($none) = export("ARRAY['nobody']");
 is(gpg($none, '--decrypt'), '', 'a bundle of none');
 
-# Into another vault, with another master key's worth of data keys.
-$node->safe_psql('postgres', 'CREATE DATABASE other');
-$node->safe_psql('other', 'CREATE EXTENSION keyvault CASCADE');
-my $file = "$home/bundle.asc";
-append_to_file($file, $bundle);
-is($node->safe_psql('other', "\\set lines `gpg --homedir $home --batch --quiet --decrypt $file`\nSELECT keyvault.restore_api_keys(:'lines')"), '5', 'the drill of the reference restores them');
-is(keys_of('b', 'other'), keys_of('b'), 'the keys of a user are the same there');
+# The drill of the reference, each command as it stands there: a key that is kept elsewhere, a bundle, and its restore into a
+# vault on another server, which has another master key. What a person would type, a passphrase, gpg takes from a file.
+my $other = new_node('other', conf => $logs_all);
+$other->safe_psql('postgres', 'CREATE DATABASE newdb');
+$other->safe_psql('newdb', 'CREATE EXTENSION keyvault CASCADE');
+my ($drill) = slurp_file('doc/keyvault.md') =~ /^The drill, which a test runs:\n\n```sh\n(.*?)^```\n/ms;
+my @steps = split /^(?=# )/m, $drill // '';
+is(scalar @steps, 3, 'the drill of the reference has three steps');
+like($steps[1], qr/-d mydb /, 'of which the second is for a database of its own name');
+$steps[1] =~ s/-d mydb /-d postgres /;
+write_secret("$home/passphrase", "of the recovery key\n");
+write_secret("$home/gpg.conf", "batch\nno-tty\npinentry-mode loopback\npassphrase-file $home/passphrase\n");
+my $told_by_drill = '';
+foreach my $step (map { [ $steps[$_], (undef, $node, $other)[$_] ] } 0 .. 2)
+{
+	my ($commands, $server) = @$step;
+	local %ENV = (%ENV, GNUPGHOME => $home, $server ? (PGHOST => $server->host, PGPORT => $server->port) : ());
+	my ($out, $err) = ('', '');
+	ok(IPC::Run::run([ 'bash', '-euo', 'pipefail', '-c', "cd $home\n$commands" ], '<', \'', '>', \$out, '2>', \$err), (split /\n/, $commands)[0]) or diag($err);
+	$told_by_drill = $out;
+}
+like($told_by_drill, qr/^\s+5$/m, 'the drill restores every key that can be opened');
+like(slurp_file("$home/bundle.asc"), qr/^-----BEGIN PGP MESSAGE-----/, 'from a bundle that is a file');
+unlink "$home/gpg.conf";
+my $kek = 'SELECT kek_id FROM keyvault.master_keys';
+isnt($other->safe_psql('newdb', $kek), $node->safe_psql('postgres', $kek), 'the other vault has another master key');
+is($other->safe_psql('newdb', "SELECT keyvault.user_api_keys('b')"), keys_of('b'), 'the keys of a user are the same there');
 my $all = "SELECT user_id, provider, name, hint, source, date_trunc('second', expires_at) FROM keyvault.api_key_status WHERE user_id NOT IN ('broken', 'data_key', 'master_key') ORDER BY 1, 2, 3";
-is($node->safe_psql('other', $all), $node->safe_psql('postgres', $all), 'names, hints and ends, too');
-is($node->safe_psql('other', q{SELECT keyvault.user_api_key('exa', 'jörg', 'odd "name"')}), q{quote"back\slash'12}, 'quotes and all');
-is($node->safe_psql('other', "SELECT vault_id FROM keyvault.vault") ne $node->safe_psql('postgres', "SELECT vault_id FROM keyvault.vault"), 1, 'it is another vault');
+is($other->safe_psql('newdb', $all), $node->safe_psql('postgres', $all), 'names, hints and ends, too');
+is($other->safe_psql('newdb', q{SELECT keyvault.user_api_key('exa', 'jörg', 'odd "name"')}), q{quote"back\slash'12}, 'quotes and all');
+is($other->safe_psql('newdb', "SELECT vault_id FROM keyvault.vault") ne $node->safe_psql('postgres', "SELECT vault_id FROM keyvault.vault"), 1, 'it is another vault');
 
 # Users and keys that this vault does not take any more are left out; the others come back.
-$node->safe_psql('other', <<'SQL');
+$other->safe_psql('newdb', <<'SQL');
 SELECT keyvault.upsert_user(user_id) FROM unnest('{gone,later}'::text[]) user_id;
 SELECT keyvault.suspend_user('later', 'unpaid'), keyvault.erase_user('gone');
 UPDATE keyvault.providers SET key_pattern = '^AIza.{35}$' WHERE provider = 'gemini';
 SQL
 my @lines = map { sprintf '{"user_id": "%s", "provider": "%s", "name": "default", "key": "restored-secret-0%s"}', @$_ }
 	[ 'first', 'exa', '1' ], [ 'later', 'exa', '2' ], [ 'gone', 'exa', '3' ], [ 'first', 'gemini', '4' ], [ 'first', 'restored-secret', '5' ], [ 'last', 'exa', '6' ];
-my (undef, $restored, $told) = $node->psql('other', "\\set VERBOSITY verbose\nSELECT keyvault.restore_api_keys('" . join("\n", @lines) . "')");
+my (undef, $restored, $told) = $other->psql('newdb', "\\set VERBOSITY verbose\nSELECT keyvault.restore_api_keys('" . join("\n", @lines) . "')");
 is($restored, 2, 'what can be restored is');
-is($node->safe_psql('other', "SELECT keyvault.user_api_key('exa', 'first'), keyvault.user_api_key('exa', 'last')"), 'restored-secret-01|restored-secret-06', 'and opens');
+is($other->safe_psql('newdb', "SELECT keyvault.user_api_key('exa', 'first'), keyvault.user_api_key('exa', 'last')"), 'restored-secret-01|restored-secret-06', 'and opens');
 like($told, qr/WARNING:  $_/, 'a warning says what is not')
 	foreach 'KV007: line 2: API key of user "later" for provider "exa" is not restored: user "later" is suspended', 'KV007: line 3: .*"gone"',
 	'KV009: line 4: API key of user "first" for provider "gemini" is not restored: API key for provider "gemini" is malformed',
 	'22023: line 5: API key of user "first" for provider "\?" is not restored: unknown provider', '01000: 4 of 6 API keys are not restored';
 unlike($told, qr/restored-secret/, 'without what might be a key');
-set_config($node, 'keyvault.master_key_file', '/nowhere');
-is(state_of($node, "SELECT keyvault.restore_api_keys('$lines[0]')", 'other'), 'KV004', 'without a master key nothing is');
+set_config($_, 'keyvault.master_key_file', '/nowhere') foreach $node, $other;
+is(state_of($other, "SELECT keyvault.restore_api_keys('$lines[0]')", 'newdb'), 'KV004', 'without a master key nothing is');
 is(state_of($node, "SELECT keyvault.export_recovery_bundle('$public_key')"), 'KV004', 'nor exported');
 set_config($node, 'keyvault.master_key_file', $master_key);
+set_config($other, 'keyvault.master_key_file', undef);
 
 # An old version of a data key that does not open takes the keys under it along, and no others.
 $node->safe_psql('postgres', <<'SQL');
@@ -152,12 +174,12 @@ foreach my $bad ('{"user_id": "x", "provider": "exa", "name": "n"}', '{"user_id"
 	'["restored-secret-0123"]', '{"user_id": "x", "provider": "exa", "name": "", "key": "restored-secret-0123"}',
 	'{"user_id": "' . 'x' x 256 . '", "provider": "exa", "name": "n", "key": "restored-secret-0123"}', '{"key": "restored-secret-0123"')
 {
-	my (undef, undef, $refused) = $node->psql('other',
+	my (undef, undef, $refused) = $other->psql('newdb',
 		qq(\\set VERBOSITY verbose\nSELECT keyvault.restore_api_keys('{"user_id": "x", "provider": "exa", "name": "first", "key": "restored-first-01"}\n$bad')));
 	like($refused, qr/22023: line 2 is not a key of a recovery bundle/, 'a bad line is named');
 	unlike($refused =~ s/LINE \d+:.*|STATEMENT:.*//gr, qr/restored-(?:secret|first)/, 'and not quoted');
 }
-is($node->safe_psql('other', "SELECT count(*) FROM keyvault.api_keys WHERE user_id = 'x'"), '0', 'and stores nothing');
+is($other->safe_psql('newdb', "SELECT count(*) FROM keyvault.api_keys WHERE user_id = 'x'"), '0', 'and stores nothing');
 
 # Keys that pgcrypto cannot encrypt to.
 isnt(state_of($node, "SELECT keyvault.export_recovery_bundle('nonsense')"), '', 'no OpenPGP key');
@@ -171,8 +193,8 @@ is(state_of($node, "SET ROLE an_app; SELECT keyvault.restore_api_keys('')"), '42
 set_config($node, 'keyvault.reveal', 'off');
 is(state_of($node, "SELECT keyvault.export_recovery_bundle('$public_key')"), '42501', 'with reveal off nobody exports');
 
-my $log = slurp_file($node->logfile);
+my $log = slurp_file($node->logfile) . slurp_file($other->logfile);
 like($log, qr/recovery bundle of 5 API keys made by role/, 'the log says who made a bundle');
 unlike($log, qr/batch-(?:openai|gemini|exa|other|wrong)-|platform-0123|back.slash|restored-(?:secret|first)/, 'no key in the log');
-$node->stop;
+$_->stop foreach $node, $other;
 done_testing();
