@@ -12,6 +12,7 @@
 #include "credit/debit.h"
 #include "credit/partition_restore.h"
 #include "credit/restored_usage.h"
+#include "crypto/master_key.h"
 #include "crypto/master_key_cache.h"
 #include "crypto/record_key_cache.h"
 #include "crypto/reveal.h"
@@ -44,7 +45,7 @@ static const KvModule modules[] = {
 	{"redaction", kv_redaction_init},
 	{"activity", kv_activity_init},
 	{"reveal", kv_reveal_init},
-	{"master keys", NULL, kv_master_key_cache_shmem_size, kv_master_key_cache_shmem_init},
+	{"master keys", kv_master_key_init, kv_master_key_cache_shmem_size, kv_master_key_cache_shmem_init},
 	{"record key cache", kv_record_key_cache_init, kv_record_key_cache_shmem_size, kv_record_key_cache_shmem_init},
 	{"call keys", NULL, kv_call_key_shmem_size, kv_call_key_shmem_init},
 	{"development", kv_development_init},

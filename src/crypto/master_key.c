@@ -13,10 +13,12 @@
 
 #include "crypto/master_key.h"
 
+#include "access/xact.h"
 #include "base/error.h"
 #include "base/secret.h"
 #include "base/settings.h"
 #include "crypto/master_key_cache.h"
+#include "crypto/record_key_cache.h"
 #include "crypto/reveal.h"
 #include "lib/stringinfo.h"
 #include "miscadmin.h"
@@ -242,6 +244,31 @@ load_keys(TimestampTz not_before)
 	kv_secret_wipe(fresh, sizeof(KvMasterKeyRing));
 }
 
+/* What was wrapped under a key that has been taken away must not open any more. */
+static void
+forget(void)
+{
+	loaded = false;
+	kv_secret_wipe(ring, sizeof(KvMasterKeyRing));
+	kv_record_key_cache_wipe();
+	generation++;
+}
+
+/* Keep nothing beyond the first transaction after a reload, whatever it does. */
+static void
+at_transaction_end(XactEvent event, void *arg)
+{
+	if (loaded && loaded_at != PgReloadTime && (event == XACT_EVENT_COMMIT || event == XACT_EVENT_ABORT || event == XACT_EVENT_PREPARE))
+		forget();
+}
+
+/* Follow the end of transactions; called once, while the server preloads the library. */
+void
+kv_master_key_init(void)
+{
+	RegisterXactCallback(at_transaction_end, NULL);
+}
+
 /*
  * The keys, loaded when they are not, or when the configuration was since. The one way to
  * them. Errors: KV004, and 42501 where this process may not open keys.
@@ -253,12 +280,7 @@ current_ring(void)
 	if (loaded && loaded_at == PgReloadTime)
 		return ring;
 	if (loaded)
-	{
-		/* What was wrapped under a key that has been taken away must not open any more. */
-		loaded = false;
-		kv_secret_wipe(ring, sizeof(KvMasterKeyRing));
-		generation++;
-	}
+		forget();
 	load_keys(PgReloadTime);
 	loaded_at = PgReloadTime;
 	loaded = true;

@@ -27,6 +27,7 @@ typedef struct KvMasterKeyRing
 	KvMasterKey keys[KV_MASTER_KEYS_MAX];
 } KvMasterKeyRing;
 
+extern void kv_master_key_init(void);
 extern bool kv_master_key_is_configured(void);
 extern bool kv_master_key_source_has_failed(void);
 extern const KvMasterKey *kv_master_key_get(void);

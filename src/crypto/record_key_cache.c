@@ -155,6 +155,14 @@ kv_record_key_cache_put_data_key(const KvRecordId *id, uint32 generation, const 
 	last->vault_id = *vault_id;
 }
 
+/* Wipe what this process keeps. */
+void
+kv_record_key_cache_wipe(void)
+{
+	if (buckets)
+		kv_secret_wipe(buckets, cache_size());
+}
+
 static void
 forget_everywhere(void)
 {

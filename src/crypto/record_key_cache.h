@@ -29,6 +29,7 @@ typedef struct KvRecordKey
 } KvRecordKey;
 
 extern void kv_record_key_cache_init(void);
+extern void kv_record_key_cache_wipe(void);
 extern Size kv_record_key_cache_shmem_size(void);
 extern void kv_record_key_cache_shmem_init(void *memory, bool found);
 extern bool kv_record_key_cache_get(const KvRecordId *id, uint32 generation, KvRecordKey *record_key);

@@ -1,7 +1,9 @@
-# What processes keep in memory that goes into core files: never the master key, wherever it came from.
+# What processes keep in memory: in what goes into core files never the master key, wherever it came from; elsewhere until it is taken away.
 use strict;
 use warnings FATAL => 'all';
+use Digest::SHA qw(hmac_sha256);
 use HTTP::Tiny;
+use IPC::Run ();
 use JSON::PP ();
 use MIME::Base64;
 use PostgreSQL::Test::Utils;
@@ -14,19 +16,19 @@ my @seed = ('--seed', "of this run $$", '--token', "token-of-this-run-$$");
 my $store = "SELECT keyvault.store_api_key('openai', 'sk-tap-0123456789abcdef', user_id => 'u')";
 my $lookup = "SELECT keyvault.user_api_key('openai', 'u')";
 
-# What a core file of a process has: its memory but for pages that are marked to stay out. undef when it is closed to us.
+# The memory of a process, undef when it is closed to us: what a core file of it has, without pages that are marked to stay out, or all.
 sub core_of
 {
-	my ($pid) = @_;
+	my ($pid, $all) = @_;
 	no warnings 'portable';
 	my ($content, @range) = ('');
 	open my $maps, '<', "/proc/$pid/smaps" or return;
 	open my $memory, '<:raw', "/proc/$pid/mem" or return;
-	while (<$maps>)
+	while (my $line = <$maps>)
 	{
-		@range = (hex $1, hex $2) if /^([0-9a-f]+)-([0-9a-f]+) rw/;
-		@range = () if /^[0-9a-f]+-[0-9a-f]+ (?!rw)/;
-		next unless /^VmFlags:/ && @range && !/ dd\b/;
+		@range = (hex $1, hex $2) if $line =~ /^([0-9a-f]+)-([0-9a-f]+) rw/;
+		@range = () if $line =~ /^[0-9a-f]+-[0-9a-f]+ (?!rw)/;
+		next unless $line =~ /^VmFlags:/ && @range && ($all || $line !~ / dd\b/);
 		sysseek $memory, $range[0], 0 or return;
 		my $left = $range[1] - $range[0];
 		while ($left > 0)
@@ -74,6 +76,58 @@ $node->safe_psql('postgres', $store);
 	keeps_no_master_key($session, 'file');
 	$session->quit;
 }
+
+# What a session keeps when the master key is taken away: everything while it is idle, nothing after its next statement.
+# The data key of the user, and the key of his record.
+sub keys_below
+{
+	my $wrap = JSON::PP::decode_json($node->safe_psql('postgres', <<'SQL'));
+SELECT json_build_object('vault_id', vault_id, 'user_id', user_id, 'version', version, 'data_key_id', data_key_id, 'wrapped', wrapped)
+  FROM keyvault.vault, keyvault.data_keys WHERE user_id = 'u'
+SQL
+	my ($out, $err) = ('', '');
+	IPC::Run::run([ 'node', 'test/formats/formats.mjs' ], '<', \JSON::PP::encode_json([ [ 'openWrap', { %$wrap, master_key => $digits } ] ]), '>', \$out, '2>', \$err) or die $err;
+	my $data_key = pack 'H*', JSON::PP::decode_json($out)->[0];
+	my $record = pack 'H*', $node->safe_psql('postgres', "SELECT encode(ciphertext, 'hex') FROM keyvault.api_keys WHERE user_id = 'u'");
+	my $extracted = hmac_sha256($data_key, substr $record, 24, 16);
+	return ('data key' => $data_key, 'record key' => hmac_sha256('keyvault/v1/record' . substr($record, 2, 1) . substr($record, 8, 16) . "\1", $extracted));
+}
+
+# Which of the keys are in the memory of a session.
+sub kept
+{
+	my ($pid, %keys) = @_;
+	my $memory = core_of($pid, 1);
+	return join ', ', grep { index($memory, $keys{$_}) >= 0 } sort keys %keys;
+}
+
+SKIP:
+{
+	skip 'the memory of other processes cannot be read here', 12 unless defined core_of($$);
+	my %keys = ('master key' => $key, keys_below());
+	foreach my $case ([ 'master_key_file', '/nowhere', 'the file is gone' ], [ 'reveal', 'off', 'reveal is off' ])
+	{
+		my ($setting, $value, $name) = @$case;
+		set_config($node, 'keyvault.master_key_file', "$directory/key");
+		my ($session, $idle) = map { $node->background_psql('postgres') } 1 .. 2;
+		my ($pid, $idle_pid) = map { $_->query_safe('SELECT pg_backend_pid()') } $session, $idle;
+		$_->query_safe($lookup) foreach $session, $idle;
+		like(kept($pid, %keys), qr/master key, record key/, 'a session that has opened a key keeps what opens it');
+		set_config($node, "keyvault.$setting", $value);
+		like(kept($_, %keys), qr/master key, record key/, "$name: an idle session still does") foreach $pid, $idle_pid;
+		$session->query_safe('SELECT 1');
+		is(kept($pid, %keys), '', "$name: after its next statement, whatever it is, it does not");
+		$node->safe_psql('postgres', <<'SQL');
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+ WHERE backend_type = 'client backend' AND state_change < pg_conf_load_time() AND pid <> pg_backend_pid()
+SQL
+		ok(wait_until(sub { !-e "/proc/$idle_pid" }), 'and sessions that have run nothing since can be ended');
+		ok(-e "/proc/$pid", 'apart from others');
+		$session->quit;
+		eval { $idle->quit };
+	}
+}
+set_config($node, 'keyvault.reveal', undef);
 
 # From a Vault server, as bytes and as digits, in the clear and over TLS.
 my $port = start_vault(@seed);
