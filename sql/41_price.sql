@@ -98,6 +98,13 @@ END $$;
 COMMENT ON FUNCTION keyvault._price_usd(text, text, bigint, bigint, bigint, bigint, numeric) IS
     'What a use whose credits are given costs the provider''s customer in USD; NULL for a model without a price and for a use without tokens and units.';
 
+CREATE FUNCTION keyvault._credits_of(plan keyvault.plans, payer text, cost_usd numeric) RETURNS numeric
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN least(round((cost_usd * CASE payer WHEN 'user' THEN plan.own_key_rate ELSE 1 END + plan.infrastructure_usd)
+                       * (1 + plan.margin) * plan.credits_per_usd, 6), 999999999999);
+COMMENT ON FUNCTION keyvault._credits_of(keyvault.plans, text, numeric) IS
+    'What a cost in USD is in credits on a plan, with its infrastructure and margin, by whose key was used.';
+
 CREATE FUNCTION keyvault._credits_owed(plan text, payer text, cost_usd numeric) RETURNS numeric
     LANGUAGE plpgsql STABLE
     SET search_path = pg_catalog, pg_temp
@@ -107,11 +114,10 @@ DECLARE
     p keyvault.plans;
 BEGIN
     SELECT * INTO STRICT p FROM keyvault.plans WHERE plan = $1;
-    RETURN least(round((cost_usd * CASE payer WHEN 'user' THEN p.own_key_rate ELSE 1 END + p.infrastructure_usd)
-                       * (1 + p.margin) * p.credits_per_usd, 6), 999999999999);
+    RETURN keyvault._credits_of(p, payer, cost_usd);
 END $$;
 COMMENT ON FUNCTION keyvault._credits_owed(text, text, numeric) IS
-    'What a cost in USD is in credits on a plan, with its infrastructure and margin, by whose key was used.';
+    'What a cost in USD is in credits on the plan of that name.';
 
 CREATE FUNCTION keyvault._unknown_model_usd(plan keyvault.plans, provider text, tokens bigint, problem text, hint text) RETURNS numeric
     LANGUAGE plpgsql
@@ -157,6 +163,7 @@ DECLARE
     unstated bigint := greatest(coalesce(tokens, 0) - coalesce(input_tokens, 0) - coalesce(output_tokens, 0), 0);
     output_all bigint := coalesce(output_tokens, 0) + unstated;
     states_tokens boolean := input_tokens IS NOT NULL OR output_tokens IS NOT NULL OR unstated > 0;
+    cost record;
     sold_usd numeric;
     sold_used jsonb;
 BEGIN
@@ -176,10 +183,14 @@ BEGIN
         found_price := keyvault._find_price(provider, model, at);
         priced_provider := coalesce(found_price.provider, provider);
         plan_price := keyvault._find_price(priced_provider, model, at, plan.plan);
-        SELECT q.usd, q.used INTO usd, price
-          FROM keyvault._use_usd(found_price, input_tokens, cached_tokens, output_all, reasoning_tokens, units) q;
-        SELECT q.usd, q.used INTO sold_usd, sold_used
-          FROM keyvault._use_usd(plan_price, input_tokens, cached_tokens, output_all, reasoning_tokens, units) q;
+        cost := keyvault._use_usd(found_price, input_tokens, cached_tokens, output_all, reasoning_tokens, units);
+        usd := cost.usd;
+        price := cost.used;
+        IF plan_price.model IS NOT NULL THEN
+            cost := keyvault._use_usd(plan_price, input_tokens, cached_tokens, output_all, reasoning_tokens, units);
+            sold_usd := cost.usd;
+            sold_used := cost.used;
+        END IF;
         IF usd IS NULL THEN
             usd := keyvault._unknown_model_usd(plan, provider, coalesce(input_tokens, 0) + output_all,
                        CASE WHEN NOT happened THEN format('model "%s" has no price', model) END,
@@ -197,7 +208,7 @@ BEGIN
             sold_usd := NULL;
         END IF;
     END IF;
-    credits := keyvault._credits_owed(plan.plan, payer, coalesce(sold_usd, usd));
+    credits := keyvault._credits_of(plan, payer, coalesce(sold_usd, usd));
     price := price || jsonb_strip_nulls(jsonb_build_object(
         'plan', plan.plan, 'plan_price', CASE WHEN sold_usd IS NOT NULL THEN sold_used END,
         'credits_per_usd', trim_scale(plan.credits_per_usd),

@@ -138,6 +138,7 @@ DECLARE
     p keyvault.providers;
     u keyvault.users;
     earlier uuid;
+    address record;
     the_model text;
     the_body jsonb;
     the_path text;
@@ -163,7 +164,10 @@ BEGIN
             HINT = 'auto uses the user''s own key if there is one, else the platform''s.';
     END IF;
 
-    SELECT a.path, a.model, a.body INTO the_path, the_model, the_body FROM keyvault._address_request(p, $5, $6, $4) a;
+    address := keyvault._address_request(p, $5, $6, $4);
+    the_path := address.path;
+    the_model := address.model;
+    the_body := address.body;
     IF octet_length($10) NOT BETWEEN 1 AND 255 THEN
         RAISE EXCEPTION 'idempotency key must be 1 to 255 bytes long' USING ERRCODE = 'invalid_parameter_value',
             HINT = 'Leave it out for a request that may be repeated.';
@@ -278,12 +282,8 @@ DECLARE
     r keyvault.requests;
     cost numeric := 0;
     owed numeric := 0;
-    claimed numeric := 0;
     charged numeric := 0;
-    believed_input bigint;
-    believed_cached bigint;
-    believed_output bigint;
-    price jsonb;
+    bill record;
 BEGIN
     UPDATE keyvault.requests SET status = $4, finished_at = clock_timestamp(), error = $7, call_key = NULL
      WHERE user_id = $1 AND id = $2 AND status = 'sent' AND attempts = $3
@@ -292,8 +292,9 @@ BEGIN
         RETURN false;
     END IF;
     IF $4 = 'done' OR $5 BETWEEN 200 AND 299 THEN
-        SELECT b.* INTO believed_input, believed_cached, believed_output, cost, owed, claimed, price
-          FROM keyvault._bill_request(r, $8, $9, $10, $11, $12) b;
+        bill := keyvault._bill_request(r, $8, $9, $10, $11, $12);
+        cost := bill.cost_usd;
+        owed := bill.owed;
     END IF;
     IF $4 = 'unknown' AND r.hold_id IS NOT NULL THEN
         -- The provider may have charged for it: the credits stay set aside for a day.
@@ -306,9 +307,9 @@ BEGIN
     IF $4 = 'done' OR cost > 0 THEN
         INSERT INTO keyvault.usage_records (user_id, type, provider, model, payer, input_tokens, cached_tokens, output_tokens, tokens,
                                             credits, credits_overrun, cost_usd, request_id, api_key_id, idempotency_key, metadata, hold_id, price)
-        VALUES ($1, r.type, r.provider, coalesce(r.model, $8), r.payer, believed_input, believed_cached, believed_output,
-                coalesce(believed_input, 0) + coalesce(believed_output, 0), charged, claimed - charged, cost, $2, r.api_key_id,
-                r.idempotency_key, r.metadata, coalesce(r.hold_id, $2), price);
+        VALUES ($1, r.type, r.provider, coalesce(r.model, $8), r.payer, bill.input_tokens, bill.cached_tokens, bill.output_tokens,
+                coalesce(bill.input_tokens, 0) + coalesce(bill.output_tokens, 0), charged, bill.claimed - charged, cost, $2, r.api_key_id,
+                r.idempotency_key, r.metadata, coalesce(r.hold_id, $2), bill.price);
     END IF;
     INSERT INTO keyvault.responses (user_id, id, status, status_code, body, error, model, input_tokens, cached_tokens, output_tokens,
                                     cost_usd, credits, payer)

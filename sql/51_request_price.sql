@@ -24,19 +24,25 @@ CREATE FUNCTION keyvault._estimate_request(user_id text, provider keyvault.provi
 AS $$
 #variable_conflict use_variable
 DECLARE
-    counts_tokens boolean := provider.dialect <> 'json' OR (keyvault._find_price(provider.provider, model, now())).model IS NOT NULL;
+    asked record;
+    bill record;
+    input_tokens bigint;
+    output_tokens bigint;
 BEGIN
     IF model IS NULL THEN
         usd := provider.usd_per_request;
         credits := keyvault._credits_owed((SELECT u.plan FROM keyvault.users u WHERE u.user_id = $1), payer, usd);
         RETURN;
     END IF;
-    -- A token is seldom shorter than three bytes of JSON text.
-    SELECT p.usd, p.credits INTO usd, credits
-      FROM keyvault._output_limit(body) l
-     CROSS JOIN LATERAL keyvault._price_use($1, provider.provider, model, payer, now(),
-                CASE WHEN counts_tokens THEN octet_length(body::text) / 3 END, 0,
-                CASE WHEN counts_tokens THEN greatest(coalesce(l.tokens, 4096), 1) * l.answers END, NULL, NULL, NULL, 0) p;
+    IF provider.dialect <> 'json' OR (keyvault._find_price(provider.provider, model, now())).model IS NOT NULL THEN
+        asked := keyvault._output_limit(body);
+        -- A token is seldom shorter than three bytes of JSON text.
+        input_tokens := octet_length(body::text) / 3;
+        output_tokens := greatest(coalesce(asked.tokens, 4096), 1) * asked.answers;
+    END IF;
+    bill := keyvault._price_use($1, provider.provider, model, payer, now(), input_tokens, 0, output_tokens, NULL, NULL, NULL, 0);
+    usd := bill.usd;
+    credits := bill.credits;
 END $$;
 COMMENT ON FUNCTION keyvault._estimate_request(text, keyvault.providers, text, text, jsonb) IS
     'An upper estimate of a call''s cost in USD, and of the credits it takes: the body''s bytes / 3 as input, its output limit (4096 tokens without one) times the answers asked for as output. Error: 22023 for an unknown model on a plan that refuses it.';
@@ -48,7 +54,7 @@ CREATE FUNCTION keyvault._bill_request(r keyvault.requests, model text, INOUT in
 AS $$
 #variable_conflict use_variable
 DECLARE
-    plan text := (SELECT u.plan FROM keyvault.users u WHERE u.user_id = r.user_id);
+    plan text;
     -- What no model of today writes at once, and the window of one that states none.
     usual_most constant bigint := 131072;
     -- Some providers count thinking beside the limit.
@@ -61,6 +67,9 @@ DECLARE
     input_most bigint;
     output_most bigint;
 BEGIN
+    IF cost_usd IS NOT NULL OR input_tokens IS NULL THEN
+        plan := (SELECT u.plan FROM keyvault.users u WHERE u.user_id = r.user_id);
+    END IF;
     IF cost_usd IS NOT NULL THEN
         most_usd := greatest(r.estimated_usd, 50 * (SELECT p.usd_per_request FROM keyvault.providers p WHERE p.provider = r.provider));
         cost_usd := least(cost_usd, 999999999);
@@ -77,16 +86,16 @@ BEGIN
         claimed := owed;
         RETURN;
     END IF;
-    listed := keyvault._find_price(r.provider, r.model, now());
-    IF listed.model IS NULL THEN
-        listed := keyvault._find_price(r.provider, model, now());
-        used_model := CASE WHEN listed.model IS NULL THEN r.model ELSE model END;
-    END IF;
     bill := keyvault._price_use(r.user_id, r.provider, used_model, r.payer, now(), input_tokens, cached_tokens, output_tokens, NULL, NULL, NULL, 0, true);
+    IF bill.price ? 'unknown' AND (keyvault._find_price(r.provider, model, now())).model IS NOT NULL THEN
+        used_model := model;
+        bill := keyvault._price_use(r.user_id, r.provider, used_model, r.payer, now(), input_tokens, cached_tokens, output_tokens, NULL, NULL, NULL, 0, true);
+    END IF;
     claimed := bill.credits;
     IF bill.usd > r.estimated_usd THEN
+        listed := keyvault._find_price(r.provider, used_model, now());
         -- Images, files and searches are more tokens than bytes, but a model reads no more than its window at once.
-        SELECT * INTO asked FROM keyvault._output_limit(r.body);
+        asked := keyvault._output_limit(r.body);
         input_most := octet_length(r.body::text) + coalesce(listed.context_window, usual_most);
         output_most := coalesce(asked.tokens + beside_limit, least(listed.context_window, usual_most)) * asked.answers;
         IF input_tokens > input_most OR output_tokens > output_most THEN
@@ -111,7 +120,7 @@ AS $$
 DECLARE
     in_body text := regexp_replace(body ->> 'model', '^models/', '');
     -- Where a path of this provider's names the model, as its default path has it: behind "models/", say.
-    place text := substring(provider.default_path FROM '/[^/]*/(?=[{]model[}])');
+    place text;
     in_path text;
 BEGIN
     path := coalesce(path, provider.default_path);
@@ -129,7 +138,10 @@ BEGIN
         body := body - 'model';
         RETURN;
     END IF;
-    in_path := substring(split_part(path, place, 2) FROM '^[^/:?]+');
+    IF provider.default_path LIKE '%/{model}%' THEN
+        place := substring(provider.default_path FROM '/[^/]*/(?=[{]model[}])');
+        in_path := substring(split_part(path, place, 2) FROM '^[^/:?]+');
+    END IF;
     IF coalesce(in_path <> model, false) OR coalesce(in_path <> in_body, false)
        OR (provider.dialect = 'json' AND coalesce(model <> in_body, false))
     THEN

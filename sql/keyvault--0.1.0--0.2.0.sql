@@ -2698,6 +2698,15 @@ REVOKE ALL ON FUNCTION keyvault._price_usd(provider text, model text, input_toke
 COMMENT ON FUNCTION keyvault._price_usd(text, text, bigint, bigint, bigint, bigint, numeric) IS
     'What a use whose credits are given costs the provider''s customer in USD; NULL for a model without a price and for a use without tokens and units.';
 
+CREATE FUNCTION keyvault._credits_of(plan keyvault.plans, payer text, cost_usd numeric) RETURNS numeric
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN least(round((cost_usd * CASE payer WHEN 'user' THEN plan.own_key_rate ELSE 1 END + plan.infrastructure_usd)
+                       * (1 + plan.margin) * plan.credits_per_usd, 6), 999999999999);
+REVOKE ALL ON FUNCTION keyvault._credits_of(plan keyvault.plans, payer text, cost_usd numeric) FROM PUBLIC;
+
+COMMENT ON FUNCTION keyvault._credits_of(keyvault.plans, text, numeric) IS
+    'What a cost in USD is in credits on a plan, with its infrastructure and margin, by whose key was used.';
+
 CREATE OR REPLACE FUNCTION keyvault._credits_owed(plan text, payer text, cost_usd numeric) RETURNS numeric
     LANGUAGE plpgsql STABLE
     SET search_path = pg_catalog, pg_temp
@@ -2707,12 +2716,11 @@ DECLARE
     p keyvault.plans;
 BEGIN
     SELECT * INTO STRICT p FROM keyvault.plans WHERE plan = $1;
-    RETURN least(round((cost_usd * CASE payer WHEN 'user' THEN p.own_key_rate ELSE 1 END + p.infrastructure_usd)
-                       * (1 + p.margin) * p.credits_per_usd, 6), 999999999999);
+    RETURN keyvault._credits_of(p, payer, cost_usd);
 END $$;
 
 COMMENT ON FUNCTION keyvault._credits_owed(text, text, numeric) IS
-    'What a cost in USD is in credits on a plan, with its infrastructure and margin, by whose key was used.';
+    'What a cost in USD is in credits on the plan of that name.';
 
 CREATE FUNCTION keyvault._unknown_model_usd(plan keyvault.plans, provider text, tokens bigint, problem text, hint text) RETURNS numeric
     LANGUAGE plpgsql
@@ -2760,6 +2768,7 @@ DECLARE
     unstated bigint := greatest(coalesce(tokens, 0) - coalesce(input_tokens, 0) - coalesce(output_tokens, 0), 0);
     output_all bigint := coalesce(output_tokens, 0) + unstated;
     states_tokens boolean := input_tokens IS NOT NULL OR output_tokens IS NOT NULL OR unstated > 0;
+    cost record;
     sold_usd numeric;
     sold_used jsonb;
 BEGIN
@@ -2779,10 +2788,14 @@ BEGIN
         found_price := keyvault._find_price(provider, model, at);
         priced_provider := coalesce(found_price.provider, provider);
         plan_price := keyvault._find_price(priced_provider, model, at, plan.plan);
-        SELECT q.usd, q.used INTO usd, price
-          FROM keyvault._use_usd(found_price, input_tokens, cached_tokens, output_all, reasoning_tokens, units) q;
-        SELECT q.usd, q.used INTO sold_usd, sold_used
-          FROM keyvault._use_usd(plan_price, input_tokens, cached_tokens, output_all, reasoning_tokens, units) q;
+        cost := keyvault._use_usd(found_price, input_tokens, cached_tokens, output_all, reasoning_tokens, units);
+        usd := cost.usd;
+        price := cost.used;
+        IF plan_price.model IS NOT NULL THEN
+            cost := keyvault._use_usd(plan_price, input_tokens, cached_tokens, output_all, reasoning_tokens, units);
+            sold_usd := cost.usd;
+            sold_used := cost.used;
+        END IF;
         IF usd IS NULL THEN
             usd := keyvault._unknown_model_usd(plan, provider, coalesce(input_tokens, 0) + output_all,
                        CASE WHEN NOT happened THEN format('model "%s" has no price', model) END,
@@ -2800,7 +2813,7 @@ BEGIN
             sold_usd := NULL;
         END IF;
     END IF;
-    credits := keyvault._credits_owed(plan.plan, payer, coalesce(sold_usd, usd));
+    credits := keyvault._credits_of(plan, payer, coalesce(sold_usd, usd));
     price := price || jsonb_strip_nulls(jsonb_build_object(
         'plan', plan.plan, 'plan_price', CASE WHEN sold_usd IS NOT NULL THEN sold_used END,
         'credits_per_usd', trim_scale(plan.credits_per_usd),
@@ -2917,19 +2930,25 @@ CREATE FUNCTION keyvault._estimate_request(user_id text, provider keyvault.provi
 AS $$
 #variable_conflict use_variable
 DECLARE
-    counts_tokens boolean := provider.dialect <> 'json' OR (keyvault._find_price(provider.provider, model, now())).model IS NOT NULL;
+    asked record;
+    bill record;
+    input_tokens bigint;
+    output_tokens bigint;
 BEGIN
     IF model IS NULL THEN
         usd := provider.usd_per_request;
         credits := keyvault._credits_owed((SELECT u.plan FROM keyvault.users u WHERE u.user_id = $1), payer, usd);
         RETURN;
     END IF;
-    -- A token is seldom shorter than three bytes of JSON text.
-    SELECT p.usd, p.credits INTO usd, credits
-      FROM keyvault._output_limit(body) l
-     CROSS JOIN LATERAL keyvault._price_use($1, provider.provider, model, payer, now(),
-                CASE WHEN counts_tokens THEN octet_length(body::text) / 3 END, 0,
-                CASE WHEN counts_tokens THEN greatest(coalesce(l.tokens, 4096), 1) * l.answers END, NULL, NULL, NULL, 0) p;
+    IF provider.dialect <> 'json' OR (keyvault._find_price(provider.provider, model, now())).model IS NOT NULL THEN
+        asked := keyvault._output_limit(body);
+        -- A token is seldom shorter than three bytes of JSON text.
+        input_tokens := octet_length(body::text) / 3;
+        output_tokens := greatest(coalesce(asked.tokens, 4096), 1) * asked.answers;
+    END IF;
+    bill := keyvault._price_use($1, provider.provider, model, payer, now(), input_tokens, 0, output_tokens, NULL, NULL, NULL, 0);
+    usd := bill.usd;
+    credits := bill.credits;
 END $$;
 REVOKE ALL ON FUNCTION keyvault._estimate_request(user_id text, provider keyvault.providers, model text, payer text, body jsonb, OUT usd numeric, OUT credits numeric) FROM PUBLIC;
 
@@ -2943,7 +2962,7 @@ CREATE FUNCTION keyvault._bill_request(r keyvault.requests, model text, INOUT in
 AS $$
 #variable_conflict use_variable
 DECLARE
-    plan text := (SELECT u.plan FROM keyvault.users u WHERE u.user_id = r.user_id);
+    plan text;
     -- What no model of today writes at once, and the window of one that states none.
     usual_most constant bigint := 131072;
     -- Some providers count thinking beside the limit.
@@ -2956,6 +2975,9 @@ DECLARE
     input_most bigint;
     output_most bigint;
 BEGIN
+    IF cost_usd IS NOT NULL OR input_tokens IS NULL THEN
+        plan := (SELECT u.plan FROM keyvault.users u WHERE u.user_id = r.user_id);
+    END IF;
     IF cost_usd IS NOT NULL THEN
         most_usd := greatest(r.estimated_usd, 50 * (SELECT p.usd_per_request FROM keyvault.providers p WHERE p.provider = r.provider));
         cost_usd := least(cost_usd, 999999999);
@@ -2972,16 +2994,16 @@ BEGIN
         claimed := owed;
         RETURN;
     END IF;
-    listed := keyvault._find_price(r.provider, r.model, now());
-    IF listed.model IS NULL THEN
-        listed := keyvault._find_price(r.provider, model, now());
-        used_model := CASE WHEN listed.model IS NULL THEN r.model ELSE model END;
-    END IF;
     bill := keyvault._price_use(r.user_id, r.provider, used_model, r.payer, now(), input_tokens, cached_tokens, output_tokens, NULL, NULL, NULL, 0, true);
+    IF bill.price ? 'unknown' AND (keyvault._find_price(r.provider, model, now())).model IS NOT NULL THEN
+        used_model := model;
+        bill := keyvault._price_use(r.user_id, r.provider, used_model, r.payer, now(), input_tokens, cached_tokens, output_tokens, NULL, NULL, NULL, 0, true);
+    END IF;
     claimed := bill.credits;
     IF bill.usd > r.estimated_usd THEN
+        listed := keyvault._find_price(r.provider, used_model, now());
         -- Images, files and searches are more tokens than bytes, but a model reads no more than its window at once.
-        SELECT * INTO asked FROM keyvault._output_limit(r.body);
+        asked := keyvault._output_limit(r.body);
         input_most := octet_length(r.body::text) + coalesce(listed.context_window, usual_most);
         output_most := coalesce(asked.tokens + beside_limit, least(listed.context_window, usual_most)) * asked.answers;
         IF input_tokens > input_most OR output_tokens > output_most THEN
@@ -3008,7 +3030,7 @@ AS $$
 DECLARE
     in_body text := regexp_replace(body ->> 'model', '^models/', '');
     -- Where a path of this provider's names the model, as its default path has it: behind "models/", say.
-    place text := substring(provider.default_path FROM '/[^/]*/(?=[{]model[}])');
+    place text;
     in_path text;
 BEGIN
     path := coalesce(path, provider.default_path);
@@ -3026,7 +3048,10 @@ BEGIN
         body := body - 'model';
         RETURN;
     END IF;
-    in_path := substring(split_part(path, place, 2) FROM '^[^/:?]+');
+    IF provider.default_path LIKE '%/{model}%' THEN
+        place := substring(provider.default_path FROM '/[^/]*/(?=[{]model[}])');
+        in_path := substring(split_part(path, place, 2) FROM '^[^/:?]+');
+    END IF;
     IF coalesce(in_path <> model, false) OR coalesce(in_path <> in_body, false)
        OR (provider.dialect = 'json' AND coalesce(model <> in_body, false))
     THEN
@@ -3093,6 +3118,7 @@ DECLARE
     p keyvault.providers;
     u keyvault.users;
     earlier uuid;
+    address record;
     the_model text;
     the_body jsonb;
     the_path text;
@@ -3118,7 +3144,10 @@ BEGIN
             HINT = 'auto uses the user''s own key if there is one, else the platform''s.';
     END IF;
 
-    SELECT a.path, a.model, a.body INTO the_path, the_model, the_body FROM keyvault._address_request(p, $5, $6, $4) a;
+    address := keyvault._address_request(p, $5, $6, $4);
+    the_path := address.path;
+    the_model := address.model;
+    the_body := address.body;
     IF octet_length($10) NOT BETWEEN 1 AND 255 THEN
         RAISE EXCEPTION 'idempotency key must be 1 to 255 bytes long' USING ERRCODE = 'invalid_parameter_value',
             HINT = 'Leave it out for a request that may be repeated.';
@@ -3229,12 +3258,8 @@ DECLARE
     r keyvault.requests;
     cost numeric := 0;
     owed numeric := 0;
-    claimed numeric := 0;
     charged numeric := 0;
-    believed_input bigint;
-    believed_cached bigint;
-    believed_output bigint;
-    price jsonb;
+    bill record;
 BEGIN
     UPDATE keyvault.requests SET status = $4, finished_at = clock_timestamp(), error = $7, call_key = NULL
      WHERE user_id = $1 AND id = $2 AND status = 'sent' AND attempts = $3
@@ -3243,8 +3268,9 @@ BEGIN
         RETURN false;
     END IF;
     IF $4 = 'done' OR $5 BETWEEN 200 AND 299 THEN
-        SELECT b.* INTO believed_input, believed_cached, believed_output, cost, owed, claimed, price
-          FROM keyvault._bill_request(r, $8, $9, $10, $11, $12) b;
+        bill := keyvault._bill_request(r, $8, $9, $10, $11, $12);
+        cost := bill.cost_usd;
+        owed := bill.owed;
     END IF;
     IF $4 = 'unknown' AND r.hold_id IS NOT NULL THEN
         -- The provider may have charged for it: the credits stay set aside for a day.
@@ -3257,9 +3283,9 @@ BEGIN
     IF $4 = 'done' OR cost > 0 THEN
         INSERT INTO keyvault.usage_records (user_id, type, provider, model, payer, input_tokens, cached_tokens, output_tokens, tokens,
                                             credits, credits_overrun, cost_usd, request_id, api_key_id, idempotency_key, metadata, hold_id, price)
-        VALUES ($1, r.type, r.provider, coalesce(r.model, $8), r.payer, believed_input, believed_cached, believed_output,
-                coalesce(believed_input, 0) + coalesce(believed_output, 0), charged, claimed - charged, cost, $2, r.api_key_id,
-                r.idempotency_key, r.metadata, coalesce(r.hold_id, $2), price);
+        VALUES ($1, r.type, r.provider, coalesce(r.model, $8), r.payer, bill.input_tokens, bill.cached_tokens, bill.output_tokens,
+                coalesce(bill.input_tokens, 0) + coalesce(bill.output_tokens, 0), charged, bill.claimed - charged, cost, $2, r.api_key_id,
+                r.idempotency_key, r.metadata, coalesce(r.hold_id, $2), bill.price);
     END IF;
     INSERT INTO keyvault.responses (user_id, id, status, status_code, body, error, model, input_tokens, cached_tokens, output_tokens,
                                     cost_usd, credits, payer)
