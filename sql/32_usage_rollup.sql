@@ -74,7 +74,7 @@ CREATE FUNCTION keyvault._keep_own_rollup() RETURNS trigger
     LANGUAGE c
     AS 'MODULE_PATHNAME', 'keyvault_keep_own_rollup';
 COMMENT ON FUNCTION keyvault._keep_own_rollup() IS
-    'Trigger of usage_daily, usage_late and usage_rollup: passes over what a subscription brings, as it is derived from the publisher''s rows.';
+    'Trigger of usage_daily, usage_late and usage_rollup: passes over what a subscription brings, as it is derived from the publisher''s rows; of usage_records: over deletions, which a publisher''s maintenance makes.';
 CREATE TRIGGER keep_own BEFORE INSERT OR UPDATE OR DELETE ON keyvault.usage_rollup
     FOR EACH ROW EXECUTE FUNCTION keyvault._keep_own_rollup();
 ALTER TABLE keyvault.usage_rollup ENABLE REPLICA TRIGGER keep_own;
@@ -84,6 +84,10 @@ ALTER TABLE keyvault.usage_daily ENABLE REPLICA TRIGGER keep_own;
 CREATE TRIGGER keep_own BEFORE INSERT OR UPDATE OR DELETE ON keyvault.usage_late
     FOR EACH ROW EXECUTE FUNCTION keyvault._keep_own_rollup();
 ALTER TABLE keyvault.usage_late ENABLE REPLICA TRIGGER keep_own;
+-- A publisher deletes records where it moves them to their month's partition, or retires them: its subscriber does so itself.
+CREATE TRIGGER keep_own BEFORE DELETE ON keyvault.usage_records
+    FOR EACH ROW EXECUTE FUNCTION keyvault._keep_own_rollup();
+ALTER TABLE keyvault.usage_records ENABLE REPLICA TRIGGER keep_own;
 
 CREATE VIEW keyvault._usage WITH (security_invoker = true) AS
 SELECT user_id, day, provider, model, type, payer,

@@ -1706,7 +1706,7 @@ CREATE FUNCTION keyvault._keep_own_rollup() RETURNS trigger
 REVOKE ALL ON FUNCTION keyvault._keep_own_rollup() FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault._keep_own_rollup() IS
-    'Trigger of usage_daily, usage_late and usage_rollup: passes over what a subscription brings, as it is derived from the publisher''s rows.';
+    'Trigger of usage_daily, usage_late and usage_rollup: passes over what a subscription brings, as it is derived from the publisher''s rows; of usage_records: over deletions, which a publisher''s maintenance makes.';
 
 CREATE TRIGGER keep_own BEFORE INSERT OR UPDATE OR DELETE ON keyvault.usage_rollup
     FOR EACH ROW EXECUTE FUNCTION keyvault._keep_own_rollup();
@@ -1722,6 +1722,11 @@ CREATE TRIGGER keep_own BEFORE INSERT OR UPDATE OR DELETE ON keyvault.usage_late
     FOR EACH ROW EXECUTE FUNCTION keyvault._keep_own_rollup();
 
 ALTER TABLE keyvault.usage_late ENABLE REPLICA TRIGGER keep_own;
+
+CREATE TRIGGER keep_own BEFORE DELETE ON keyvault.usage_records
+    FOR EACH ROW EXECUTE FUNCTION keyvault._keep_own_rollup();
+
+ALTER TABLE keyvault.usage_records ENABLE REPLICA TRIGGER keep_own;
 
 CREATE VIEW keyvault._usage WITH (security_invoker = true) AS
 SELECT user_id, day, provider, model, type, payer,
@@ -4133,12 +4138,30 @@ REVOKE ALL ON FUNCTION keyvault._purge(batch integer, OUT purged bigint, OUT mor
 COMMENT ON FUNCTION keyvault._purge(integer) IS
     'Charges unknown outcomes that are due, takes the expired holds of users, 250 at most, whose balances nobody else has locked off these, then deletes up to batch requests that ended longer than keyvault.response_retention ago, with their answers, and what _purge_aged deletes; returns how many of all, and whether there are more.';
 
+CREATE FUNCTION keyvault._receives(what regclass) RETURNS boolean
+    LANGUAGE sql STABLE
+BEGIN ATOMIC
+    SELECT EXISTS (SELECT FROM pg_subscription_rel r WHERE r.srrelid = what);
+END;
+
+COMMENT ON FUNCTION keyvault._receives(regclass) IS 'True when a subscription of this database brings a table''s rows.';
+
+REVOKE ALL ON FUNCTION keyvault._receives(regclass) FROM PUBLIC;
+
 CREATE FUNCTION keyvault._maintain(job text, batch integer = 10000, OUT done bigint, OUT more boolean, OUT detail text)
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
     more := false;
+    IF job IN ('reset', 'purge') AND keyvault._receives('keyvault.credit_balances')
+       OR job = 'rotation' AND keyvault._receives('keyvault.data_keys')
+    THEN
+        -- What the publisher makes of these rows comes as well.
+        done := 0;
+        detail := 'left to the publisher';
+        RETURN;
+    END IF;
     CASE job
         WHEN 'partitions' THEN
             done := keyvault._make_usage_partitions();
@@ -4180,7 +4203,7 @@ END $$;
 REVOKE ALL ON FUNCTION keyvault._maintain(job text, batch integer, OUT done bigint, OUT more boolean, OUT detail text) FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault._maintain(text, integer) IS
-    'Does one batch of a job of maintenance: how much was done, whether there is more, and in words what; nothing when a lock is in the way.';
+    'Does one batch of a job of maintenance: how much was done, whether there is more, and in words what; nothing when a lock is in the way, or where a subscription brings what the publisher''s maintenance makes.';
 
 CREATE FUNCTION keyvault._check_maintenance_job(name text) RETURNS void
     LANGUAGE plpgsql

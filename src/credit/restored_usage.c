@@ -66,6 +66,9 @@ static int	waiting_level;
 static Oid	numbers_of = InvalidOid;
 static int	numbers[lengthof(columns)];
 
+/* What is stored now was counted here: a subscription has not brought it. Reset when the transaction ends. */
+static bool storing = false;
+
 /* Store what waits, whatever level it belongs to. */
 static void
 store(void)
@@ -84,7 +87,9 @@ store(void)
 	}
 	waiting = NULL;
 	kv_owner_begin_qualified(&scope);
+	storing = true;
 	kv_statement_execute(&count, values, NULL);
+	storing = false;
 	kv_owner_end(&scope);
 	MemoryContextDelete(context);
 }
@@ -177,6 +182,7 @@ at_transaction_end(XactEvent event, void *arg)
 		case XACT_EVENT_PREPARE:
 		case XACT_EVENT_ABORT:
 			waiting = NULL;		/* its memory goes with the transaction's */
+			storing = false;
 			numbers_of = InvalidOid;
 			break;
 		default:
@@ -190,6 +196,8 @@ at_subtransaction_end(SubXactEvent event, SubTransactionId id, SubTransactionId 
 {
 	int			level = GetCurrentTransactionNestLevel();
 
+	if (event == SUBXACT_EVENT_ABORT_SUB)
+		storing = false;
 	if (waiting == NULL || waiting_level < level)
 		return;
 	if (event == SUBXACT_EVENT_COMMIT_SUB)
@@ -219,7 +227,7 @@ keyvault_keep_own_rollup(PG_FUNCTION_ARGS)
 		ereport(ERROR,
 				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
 				 errmsg("the trigger keep_own runs before each row")));
-	if (IsLogicalWorker())
+	if (IsLogicalWorker() && !storing)
 		return PointerGetDatum(NULL);
 	return PointerGetDatum(TRIGGER_FIRED_BY_UPDATE(trigger->tg_event) ? trigger->tg_newtuple : trigger->tg_trigtuple);
 }
