@@ -4,7 +4,7 @@
  *
  * In production the file is never opened. Keys are read from the file at each lookup, so
  * that what an editor saved counts at once. What a transaction changes it sees itself,
- * and the file gets when the transaction is about to commit: a rollback leaves it alone.
+ * and the file gets when the transaction has committed: a rollback leaves it alone.
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
@@ -18,6 +18,7 @@
 #include "base/settings.h"
 #include "catalog/pg_type.h"
 #include "fmgr.h"
+#include "miscadmin.h"
 #include "utils/builtins.h"
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
@@ -233,12 +234,13 @@ kv_development_key(const char *provider)
 	return keys == NIL ? NULL : ((KvDevelopmentKey *) linitial(keys))->secret;
 }
 
-/* Note a change of a provider's variable, to be made at commit. Error: 55000. */
+/* Note a change of a provider's variable, to be made at commit. Errors: 55000, 25006 in a transaction that may not write. */
 static void
 note_change(const char *provider, const char *value)
 {
 	KvOwnerScope scope;
 
+	PreventCommandIfReadOnly(value ? "store_api_key()" : "delete_api_key()");
 	(void) env_path();
 	kv_owner_begin(&scope);
 	if (find_variables(provider) > 0)
@@ -292,7 +294,7 @@ at_transaction_end(XactEvent event, void *arg)
 	{
 		case XACT_EVENT_PRE_COMMIT:
 			if (changes != NIL)
-				kv_env_store_edit(env_path(), apply_changes, NULL);
+				kv_env_store_prepare(env_path(), apply_changes, NULL);
 			break;
 		case XACT_EVENT_PRE_PREPARE:
 			if (changes != NIL)
@@ -303,6 +305,8 @@ at_transaction_end(XactEvent event, void *arg)
 			break;
 		case XACT_EVENT_COMMIT:
 		case XACT_EVENT_ABORT:
+			/* Only now is it certain: a serialization failure comes after PRE_COMMIT. */
+			kv_env_store_finish(event == XACT_EVENT_COMMIT);
 			changes = NIL;
 			break;
 		default:

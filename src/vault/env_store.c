@@ -6,7 +6,8 @@
  * file beside it, which takes its place: whoever reads sees the old contents or the new.
  * Writers hold a lock (flock(2)) on the file that they replace, and look at the path
  * again when they have it: of several sessions, or servers, none overwrites another's
- * change. Symbolic links are followed, and stay.
+ * change. Symbolic links are followed, and stay. All that can fail is done before the
+ * transaction commits; the new file takes its place right after.
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
@@ -25,6 +26,15 @@
 
 #define FILE_SIZE_MAX	(1024 * 1024)
 #define LOCK_RETRY_US	10000
+
+/* The file that is to take the place of another when this transaction commits, and the lock on that; gone when it ends. */
+static struct
+{
+	bool		is_written;
+	char		path[MAXPGPATH];
+	char		temporary[MAXPGPATH + 32];
+	int			fd;
+}			ready;
 
 static void
 raise_file_error(const char *path, const char *what)
@@ -188,11 +198,10 @@ write_all(const char *path, int fd, const KvEnvContents *contents)
 		raise_file_error(path, "fsync");
 }
 
-/* Put new contents in the place of the file that old_fd is. */
+/* Write new contents to a file beside the one that old_fd is. */
 static void
-replace_file(const char *path, int old_fd, const KvEnvContents *contents)
+write_beside(const char *temporary, int old_fd, const KvEnvContents *contents)
 {
-	char	   *temporary = psprintf("%s.keyvault-%d", path, MyProcPid);
 	struct stat old;
 	int			fd;
 
@@ -205,11 +214,9 @@ replace_file(const char *path, int old_fd, const KvEnvContents *contents)
 	{
 		/* Where the server may give files away, the owner keeps it. */
 		if (fstat(old_fd, &old) != 0 || (fchown(fd, old.st_uid, old.st_gid) != 0 && errno != EPERM))
-			raise_file_error(path, "examine");
+			raise_file_error(temporary, "examine");
 		write_all(temporary, fd, contents);
 		CloseTransientFile(fd);
-		if (durable_rename(temporary, path, LOG) != 0)
-			raise_file_error(path, "replace");
 	}
 	PG_CATCH();
 	{
@@ -219,16 +226,56 @@ replace_file(const char *path, int old_fd, const KvEnvContents *contents)
 	PG_END_TRY();
 }
 
-/* Change the file, made if there is none, while no other writer can. */
+/*
+ * Make a change of the file ready, which is made empty if there is none; no other writer can
+ * change it until kv_env_store_finish, which the transaction's end has to call.
+ */
 void
-kv_env_store_edit(const char *path, KvEnvEdit edit, void *arg)
+kv_env_store_prepare(const char *path, KvEnvEdit edit, void *arg)
 {
 	char	   *real = resolve(path);
 	int			fd = open_locked(real);
 	KvEnvContents contents;
 
 	read_contents(real, fd, &contents);
-	if (edit(&contents, arg))
-		replace_file(real, fd, &contents);
-	CloseTransientFile(fd);
+	if (!edit(&contents, arg))
+	{
+		CloseTransientFile(fd);
+		return;
+	}
+	strlcpy(ready.path, real, sizeof(ready.path));
+	snprintf(ready.temporary, sizeof(ready.temporary), "%s.keyvault-%d", real, MyProcPid);
+	ready.fd = fd;
+	write_beside(ready.temporary, fd, &contents);
+	ready.is_written = true;
+}
+
+/* Have what is ready take the file's place, or drop it. Throws nothing: the transaction has ended. */
+void
+kv_env_store_finish(bool replace)
+{
+	char		directory[MAXPGPATH];
+	int			fd;
+
+	if (!ready.is_written)
+		return;
+	ready.is_written = false;
+	if (!replace)
+		(void) unlink(ready.temporary);
+	else if (rename(ready.temporary, ready.path) != 0)
+	{
+		ereport(WARNING,
+				(errcode_for_file_access(),
+				 errmsg("could not replace .env file \"%s\": %m", ready.path),
+				 errdetail("What the transaction changed is in the database alone.")));
+		(void) unlink(ready.temporary);
+	}
+	CloseTransientFile(ready.fd);
+	strlcpy(directory, ready.path, sizeof(directory));
+	get_parent_directory(directory);
+	if (replace && (fd = open(directory, O_RDONLY)) >= 0)
+	{
+		(void) pg_fsync(fd);
+		close(fd);
+	}
 }

@@ -19,6 +19,7 @@ typedef struct KvEnvContents
 typedef bool (*KvEnvEdit) (KvEnvContents *contents, void *arg);
 
 extern bool kv_env_store_read(const char *path, KvEnvContents *contents, bool *readable_by_others);
-extern void kv_env_store_edit(const char *path, KvEnvEdit edit, void *arg);
+extern void kv_env_store_prepare(const char *path, KvEnvEdit edit, void *arg);
+extern void kv_env_store_finish(bool replace);
 
 #endif

@@ -134,6 +134,20 @@ COMMIT;
 SQL
 env_is("# mine\nGEMINI_API_KEY=kept-gemini-4\nOTHER=x\nOPENAI_API_KEY=stored-openai-2\nEXA_API_KEY=kept-exa-4\n", 'so does a rolled back savepoint');
 
+# A transaction that fails at its very end leaves the file alone, too.
+{
+	$before = slurp_file($env);
+	$node->safe_psql('postgres', 'CREATE TABLE skew AS SELECT 1 AS x');
+	my @skewed = map { $node->background_psql('postgres', on_error_stop => 0) } 1 .. 2;
+	$_->query('BEGIN ISOLATION LEVEL SERIALIZABLE; SELECT sum(x) FROM skew; INSERT INTO skew VALUES (1)') foreach @skewed;
+	$skewed[0]->query("SELECT keyvault.store_api_key('gemini', 'not-serialized-5', user_id => 'u')");
+	$skewed[1]->query('COMMIT');
+	$skewed[0]->query('COMMIT');
+	like($skewed[0]->{stderr}, qr/could not serialize access/, 'a transaction fails at its COMMIT');
+	$_->quit foreach @skewed;
+	env_is($before, 'and leaves the file alone');
+	is(join(' ', grep { /env\.keyvault-/ } glob "$env*"), '', 'with nothing beside it');
+}
 
 # How files are written.
 foreach my $case (
@@ -238,6 +252,10 @@ is(keys_of('u'), '{"gemini": "no-master-key-1"}', 'lookups need no master key');
 is($out, 't', 'storing without a master key returns NULL');
 like($err, qr/NOTICE:  the key is kept in the \.env file alone/, 'and says why');
 env_is("GEMINI_API_KEY=no-master-key-1\nEXA_API_KEY=file-alone-1\n", 'the file has it');
+foreach my $write (q(keyvault.store_api_key('exa', 'read-only-1', user_id => 'alone')), q(keyvault.delete_api_key('exa', user_id => 'alone')))
+{
+	is(state_of($node, "BEGIN READ ONLY; SELECT $write"), '25006', 'a READ ONLY transaction changes no file, either');
+}
 is($node->safe_psql('postgres', $batch), "exa|f\ngemini|f", 'a batch likewise');
 env_is("GEMINI_API_KEY=batch-gemini-1\nEXA_API_KEY=batch-exa-1\n", 'is in the file alone');
 is(state_of($node, "SELECT keyvault.store_api_key('exa', 'file-alone-1', 'second', user_id => 'alone')"), 'KV004', 'a key that is not for the file needs one');
