@@ -2388,6 +2388,7 @@ CREATE TABLE keyvault.rotation_requests (
     user_id  text COLLATE "C" NOT NULL,
     what     text NOT NULL CHECK (what IN ('master_key', 'data_key')),
     asked_at timestamptz NOT NULL DEFAULT now(),
+    batch_size integer NOT NULL CHECK (batch_size BETWEEN 1 AND 100000),
     PRIMARY KEY (user_id, what)
 );
 REVOKE ALL ON keyvault.rotation_requests FROM PUBLIC;
@@ -2395,6 +2396,7 @@ REVOKE ALL ON keyvault.rotation_requests FROM PUBLIC;
 COMMENT ON TABLE keyvault.rotation_requests IS
     'Rotations that were asked for while keyvault.reveal was off, until the worker has done them. The user '''' is the platform, and the master key''s.';
 
+COMMENT ON COLUMN keyvault.rotation_requests.batch_size IS 'How many data keys to wrap again in a transaction, for the master key.';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.rotation_requests', '');
 
 ALTER TABLE keyvault.rotation_requests ENABLE ROW LEVEL SECURITY;
@@ -2421,6 +2423,14 @@ REVOKE ALL ON PROCEDURE keyvault.rotate_master_key(batch integer) FROM PUBLIC;
 
 COMMENT ON PROCEDURE keyvault.rotate_master_key(integer) IS
     'As rotate_master_key(), with a transaction for each batch of 1 to 100000 data keys, NULL for 1000: nobody is kept waiting, and after an interruption another call goes on. Waits once for the transactions that are storing first keys. Not inside a transaction block (2D000). A superuser calls it. Errors: those of rotate_master_key(), 22023.';
+
+CREATE FUNCTION keyvault._rotate_master_key_step(batch integer) RETURNS boolean
+    LANGUAGE c VOLATILE PARALLEL UNSAFE STRICT
+    AS 'MODULE_PATHNAME', 'keyvault_rotate_master_key_step';
+REVOKE ALL ON FUNCTION keyvault._rotate_master_key_step(integer) FROM PUBLIC;
+
+COMMENT ON FUNCTION keyvault._rotate_master_key_step(integer) IS
+    'A step of rotate_master_key(batch), which its caller commits: the switch to the first loaded key, or a batch of up to batch data keys, or the end; true with the end. Errors: those of rotate_master_key(), 55P03 the end waits for transactions that store first keys.';
 
 CREATE FUNCTION keyvault.rotate_data_key(user_id text) RETURNS integer
     LANGUAGE c VOLATILE PARALLEL UNSAFE STRICT
@@ -2451,10 +2461,14 @@ BEGIN
     IF NOT keyvault._may_open_keys() THEN
         RETURN;
     END IF;
-    FOR asked IN SELECT * FROM keyvault.rotation_requests r ORDER BY r.asked_at, r.user_id LIMIT batch FOR UPDATE SKIP LOCKED LOOP
+    FOR asked IN SELECT * FROM keyvault.rotation_requests r ORDER BY r.what DESC, r.asked_at, r.user_id LIMIT batch FOR UPDATE SKIP LOCKED LOOP
         BEGIN
             IF asked.what = 'master_key' THEN
-                PERFORM keyvault.rotate_master_key();
+                IF NOT keyvault._rotate_master_key_step(asked.batch_size) THEN
+                    -- The next step is another transaction, and calls are looked after in between.
+                    more := true;
+                    RETURN;
+                END IF;
             ELSE
                 PERFORM keyvault.rotate_data_key(asked.user_id);
             END IF;
@@ -2465,6 +2479,8 @@ BEGIN
             WHEN SQLSTATE 'KV004' OR SQLSTATE 'KV005' OR object_not_in_prerequisite_state THEN
                 RAISE WARNING 'rotation of the % of user "%" failed: %', replace(asked.what, '_', ' '), asked.user_id, SQLERRM
                     USING ERRCODE = SQLSTATE, HINT = 'It is tried again. A superuser gives it up with DELETE FROM keyvault.rotation_requests.';
+            WHEN lock_not_available THEN
+                NULL;
         END;
     END LOOP;
     IF oldest > '0' AND done < batch THEN
@@ -2475,7 +2491,7 @@ END $$;
 REVOKE ALL ON FUNCTION keyvault._rotate_due(batch integer, OUT done integer, OUT more boolean) FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault._rotate_due(integer) IS
-    'Does up to batch of the rotations that were asked for, and of data keys older than keyvault.data_key_max_age: how many, and whether there may be more. Nothing where keys cannot be opened.';
+    'Does up to batch of the rotations that were asked for, the master key''s a step at a time, and of data keys older than keyvault.data_key_max_age: how many, and whether there may be more. Nothing where keys cannot be opened.';
 
 CREATE VIEW keyvault.api_keys_due WITH (security_invoker = true, security_barrier = true) AS
 SELECT k.provider, k.name, k.user_id, k.expires_at,

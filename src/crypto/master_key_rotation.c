@@ -37,6 +37,7 @@
 
 PG_FUNCTION_INFO_V1(keyvault_rotate_master_key);
 PG_FUNCTION_INFO_V1(keyvault_rotate_master_key_in_batches);
+PG_FUNCTION_INFO_V1(keyvault_rotate_master_key_step);
 
 #define BATCH_DEFAULT	1000
 #define BATCH_MAX		100000
@@ -124,8 +125,8 @@ require_read_committed(void)
 				 errhint("SET default_transaction_isolation = 'read committed', or begin the transaction so.")));
 }
 
-/* Make the loaded primary key the vault's; the one before it only opens from now on. */
-static void
+/* Make the loaded primary key the vault's; the one before it only opens from now on. False when it was that already. */
+static bool
 switch_primary(void)
 {
 	static KvStatement demote = {"UPDATE keyvault.master_keys SET status = 'old' WHERE status = 'primary'", 0};
@@ -146,7 +147,7 @@ switch_primary(void)
 	/* One switch at a time. */
 	LockRelationOid(master_keys_table(), ShareUpdateExclusiveLock);
 	if (!find_primary(&version, &kek_id) || memcmp(kek_id, loaded_id, KV_KEK_ID_SIZE) == 0)
-		return;
+		return false;
 	/* Without the key before, nothing could be wrapped again. */
 	(void) kv_master_key_find(kek_id);
 	kv_statement_execute(&demote, NULL, NULL);
@@ -155,6 +156,7 @@ switch_primary(void)
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 				 errmsg("master key %s was retired", kv_master_key_hex(loaded_id)),
 				 errhint("Put a new key first: (umask 077; openssl rand -hex 32)")));
+	return true;
 }
 
 /* One column of a batch. */
@@ -271,9 +273,9 @@ retire_unused(void)
 }
 
 static void
-leave_to_worker(void)
+leave_to_worker(int batch)
 {
-	(void) kv_rotation_request_make("master_key", "");
+	(void) kv_rotation_request_make("master_key", "", batch);
 	kv_rotation_request_announce();
 }
 
@@ -289,13 +291,13 @@ keyvault_rotate_master_key(PG_FUNCTION_ARGS)
 	kv_owner_begin(&scope);
 	if (!kv_reveal_may_open())
 	{
-		leave_to_worker();
+		leave_to_worker(BATCH_DEFAULT);
 		kv_owner_end(&scope);
 		PG_RETURN_NULL();
 	}
 	require_read_committed();
 	LockRelationOid(master_keys_table(), ExclusiveLock);
-	switch_primary();
+	(void) switch_primary();
 	while (more)
 		total += rewrap_batch(BATCH_DEFAULT, &skipped, &more);
 	retire_unused();
@@ -339,12 +341,12 @@ keyvault_rotate_master_key_in_batches(PG_FUNCTION_ARGS)
 	kv_owner_begin(&scope);
 	if (!kv_reveal_may_open())
 	{
-		leave_to_worker();
+		leave_to_worker(batch);
 		kv_owner_end(&scope);
 		SPI_finish();
 		PG_RETURN_VOID();
 	}
-	switch_primary();
+	(void) switch_primary();
 	commit_batch(&scope);
 	SET_LOCKTAG_RELATION(tag, MyDatabaseId, master_keys_table());
 	WaitForLockers(tag, ExclusiveLock, false);
@@ -358,4 +360,40 @@ keyvault_rotate_master_key_in_batches(PG_FUNCTION_ARGS)
 	kv_owner_end(&scope);
 	SPI_finish();
 	PG_RETURN_VOID();
+}
+
+/*
+ * A step of the rotation that the worker does, in a transaction of its own: the switch, a batch,
+ * or the end; true with the end. That waits for those who may have wrapped under an earlier key,
+ * as long as lock_timeout allows. Where the rotation stands is in the rows; only how many of
+ * them cannot be opened does the process keep, lest each step goes through those again.
+ */
+Datum
+keyvault_rotate_master_key_step(PG_FUNCTION_ARGS)
+{
+	static int	skipped = 0;
+	KvOwnerScope scope;
+	bool		more = true;
+	int64		n = 0;
+
+	kv_owner_begin(&scope);
+	if (switch_primary())
+	{
+		skipped = 0;
+		kv_owner_end(&scope);
+		PG_RETURN_BOOL(false);
+	}
+	while (n == 0 && more)
+		n = rewrap_batch(PG_GETARG_INT32(0), &skipped, &more);
+	if (n == 0)
+	{
+		LockRelationOid(master_keys_table(), ExclusiveLock);
+		skipped = 0;
+		for (more = true; more;)
+			(void) rewrap_batch(BATCH_DEFAULT, &skipped, &more);
+		skipped = 0;
+		retire_unused();
+	}
+	kv_owner_end(&scope);
+	PG_RETURN_BOOL(n == 0);
 }

@@ -20,17 +20,18 @@
 PG_FUNCTION_INFO_V1(keyvault_may_open_keys);
 
 /*
- * Ask for the rotation of the master_key, or of a user's data_key; false when it was asked
- * for already. Call between kv_owner_begin and kv_owner_end.
+ * Ask for the rotation of the master_key, batch data keys at a time, or of a user's data_key;
+ * false when it was asked for already. Call between kv_owner_begin and kv_owner_end.
  */
 bool
-kv_rotation_request_make(const char *what, const char *user_id)
+kv_rotation_request_make(const char *what, const char *user_id, int batch)
 {
 	static KvStatement insert = {
-		"INSERT INTO keyvault.rotation_requests (user_id, what) VALUES ($1, $2) ON CONFLICT DO NOTHING", 2, {TEXTOID, TEXTOID}
+		"INSERT INTO keyvault.rotation_requests (user_id, what, batch_size) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
+		3, {TEXTOID, TEXTOID, INT4OID}
 	};
 	static KvStatement wake = {"SELECT keyvault._wake_worker()", 0};
-	Datum		values[2] = {CStringGetTextDatum(user_id), CStringGetTextDatum(what)};
+	Datum		values[3] = {CStringGetTextDatum(user_id), CStringGetTextDatum(what), Int32GetDatum(batch)};
 	bool		is_new = kv_statement_execute(&insert, values, NULL) > 0;
 
 	kv_statement_execute(&wake, NULL, NULL);

@@ -6,7 +6,7 @@
 #ifndef KV_ROTATION_REQUEST_H
 #define KV_ROTATION_REQUEST_H
 
-extern bool kv_rotation_request_make(const char *what, const char *user_id);
+extern bool kv_rotation_request_make(const char *what, const char *user_id, int batch);
 extern void kv_rotation_request_announce(void);
 
 #endif

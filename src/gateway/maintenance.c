@@ -146,8 +146,8 @@ kv_maintenance_take(KvWorker *worker)
 		kv_turn_end();
 		if (more)
 			delay_ms = 0;
-		/* A database that is in use keeps its worker. */
-		if (done > 0 && job->often)
+		/* A database that is in use keeps its worker, and so does a job that is not done. */
+		if (more || (done > 0 && job->often))
 			worker->idle_since = GetCurrentTimestamp();
 	}
 	PG_CATCH();

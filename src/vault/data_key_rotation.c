@@ -209,7 +209,7 @@ keyvault_rotate_data_key(PG_FUNCTION_ARGS)
 		version = rotate(user_id, 0);
 	else if (kv_data_key_lock(user_id, false) != 0)
 	{
-		(void) kv_rotation_request_make("data_key", user_id);
+		(void) kv_rotation_request_make("data_key", user_id, 1);
 		kv_rotation_request_announce();
 	}
 	kv_owner_end(&scope);
@@ -248,7 +248,7 @@ keyvault_rotate_data_keys(PG_FUNCTION_ARGS)
 		uint32		version = DatumGetInt32(SPI_getbinval(users->vals[i], users->tupdesc, 2, &isnull));
 
 		CHECK_FOR_INTERRUPTS();
-		if (kv_reveal_may_open() ? try_rotate(user_id, version) : kv_rotation_request_make("data_key", user_id))
+		if (kv_reveal_may_open() ? try_rotate(user_id, version) : kv_rotation_request_make("data_key", user_id, 1))
 			rotated++;
 	}
 	if (rotated > 0 && !kv_reveal_may_open())

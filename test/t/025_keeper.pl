@@ -88,6 +88,33 @@ sub one_bad_row_stops_no_other
 	return;
 }
 
+# The worker wraps data keys again batch by batch; a row that somebody has locked is in the last one.
+sub rotates_in_batches
+{
+	sql("SELECT keyvault.store_api_key('openai', 'sk-key-of-a-rotated-user-' || n, user_id => 'z' || n) FROM generate_series(11, 20) n");
+	ok(wait_until(sub { sql("SELECT count(*) FROM keyvault.api_keys WHERE user_id LIKE 'z%' AND fingerprint IS NOT NULL") eq '10' }), 'ten data keys');
+	my $file = sql('SHOW keyvault.master_key_file');
+	write_secret($file, unpack('H*', join '', map { chr int rand 256 } 1 .. 32) . "\n" . slurp_file($file));
+	$node->reload;
+	my $total = sql('SELECT count(*) FROM keyvault.data_keys');
+	my $rotated = sub { sql("SELECT coalesce(sum(data_keys), 0) FROM keyvault.master_key_status WHERE version = 2 AND status = 'primary'") };
+	my $session = $node->background_psql('postgres');
+	$session->query_safe('BEGIN');
+	$session->query_safe("SELECT FROM keyvault.data_keys WHERE user_id = 'z20' FOR UPDATE");
+	sql('CALL keyvault.rotate_master_key(3)');
+	my $before = $total - ($total % 3 || 3);
+	ok(wait_until(sub { $rotated->() == $before }), 'all batches but the locked one are there to be seen') or diag($rotated->() . " of $total");
+	is(sql('SELECT count(*) FROM keyvault.rotation_requests'), '1', 'the rotation is not done yet');
+	ends_as($node, queue_request($node, 'z11', 'of a rotated one'), 'done', 'calls go on');
+	$session->query_safe('COMMIT');
+	$session->quit;
+	sql('CALL keyvault.rotate_master_key(3)');
+	ok(wait_until(sub { sql(q(SELECT string_agg(status, ',' ORDER BY version) FROM keyvault.master_keys)) eq 'retired,primary' }), 'then the old key is retired');
+	is($rotated->(), sql('SELECT count(*) FROM keyvault.data_keys'), 'and wraps nothing');
+	ok(wait_until(sub { sql('SELECT count(*) FROM keyvault.rotation_requests') eq '0' }), 'and the rotation is done');
+	return;
+}
+
 # Everything of the calls of users whose id begins so: how often handed to the network, status, and the SQLSTATE why they wait.
 sub waiting
 {
@@ -144,6 +171,7 @@ SH
 sends_no_malformed_key();
 answer_does_not_clear_a_problem();
 one_bad_row_stops_no_other();
+rotates_in_batches();
 waits_for_a_lock();
 waits_for_the_master_key();
 $node->stop;
