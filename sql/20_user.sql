@@ -187,6 +187,10 @@ BEGIN
         b.monthly_credits := agreed + b.credits_covered;
     END IF;
     UPDATE keyvault.users SET plan = $2, monthly_credits = $3, updated_at = now() WHERE user_id = $1;
+    -- A threshold that is ahead again is noted again.
+    DELETE FROM keyvault.credit_notices n
+     WHERE n.user_id = $1 AND n.period_start = b.period_start
+       AND (b.monthly_credits IS NULL OR b.credits_used < round((b.monthly_credits + b.extra_credits) * n.percent / 100, 6));
     PERFORM keyvault._save_balance(b);
 END $$;
 COMMENT ON FUNCTION keyvault._set_plan(text, text, numeric) IS 'set_plan, after its caller was checked.';

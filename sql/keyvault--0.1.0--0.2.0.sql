@@ -120,6 +120,10 @@ BEGIN
         b.monthly_credits := agreed + b.credits_covered;
     END IF;
     UPDATE keyvault.users SET plan = $2, monthly_credits = $3, updated_at = now() WHERE user_id = $1;
+    -- A threshold that is ahead again is noted again.
+    DELETE FROM keyvault.credit_notices n
+     WHERE n.user_id = $1 AND n.period_start = b.period_start
+       AND (b.monthly_credits IS NULL OR b.credits_used < round((b.monthly_credits + b.extra_credits) * n.percent / 100, 6));
     PERFORM keyvault._save_balance(b);
 END $$;
 REVOKE ALL ON FUNCTION keyvault._set_plan(user_id text, plan text, monthly_credits numeric) FROM PUBLIC;
@@ -3711,13 +3715,13 @@ WITH days AS (
      WHERE u.day > (now() AT TIME ZONE 'UTC')::date - 60
      GROUP BY u.user_id, u.day
 ), known AS (
-    SELECT d.user_id, d.day, m.measure, m.value,
+    SELECT d.user_id, d.day, m.measure, m.value, m.least,
            array_agg(m.value) OVER (PARTITION BY d.user_id, m.measure ORDER BY d.day
                                     RANGE BETWEEN '28 days' PRECEDING AND '1 day' PRECEDING) AS earlier
       FROM days d
-     CROSS JOIN LATERAL (VALUES ('calls', d.calls), ('tokens', d.tokens), ('credits', d.credits), ('cost_usd', d.cost_usd)) m(measure, value)
+     CROSS JOIN LATERAL (VALUES ('calls', d.calls, 1), ('tokens', d.tokens, 1000), ('credits', d.credits, 1), ('cost_usd', d.cost_usd, 0.01)) m(measure, value, least)
 ), judged AS (
-    SELECT k.user_id, k.day, k.measure, k.value, c.median, d.mad, cardinality(k.earlier) AS baseline_days
+    SELECT k.user_id, k.day, k.measure, k.value, k.least, c.median, d.mad, cardinality(k.earlier) AS baseline_days
       FROM known k
      CROSS JOIN LATERAL (SELECT percentile_cont(0.5) WITHIN GROUP (ORDER BY e)::numeric FROM unnest(k.earlier) e) c(median)
      CROSS JOIN LATERAL (SELECT percentile_cont(0.5) WITHIN GROUP (ORDER BY abs(e - c.median))::numeric FROM unnest(k.earlier) e) d(mad)
@@ -3725,7 +3729,7 @@ WITH days AS (
 )
 SELECT j.user_id, j.day, j.measure, j.value, round(j.median, 6) AS median, round(j.mad, 6) AS mad, s.score, j.baseline_days
   FROM judged j
- CROSS JOIN LATERAL (SELECT round((j.value - j.median) / nullif(greatest(1.4826 * j.mad, 0.1 * j.median), 0), 2)) s(score)
+ CROSS JOIN LATERAL (SELECT round((j.value - j.median) / coalesce(nullif(greatest(1.4826 * j.mad, 0.1 * j.median), 0), j.least), 2)) s(score)
  WHERE s.score >= 3.5 OR (s.score <= -3.5 AND j.day < (now() AT TIME ZONE 'UTC')::date);
 REVOKE ALL ON keyvault.usage_anomalies FROM PUBLIC;
 
@@ -3744,7 +3748,7 @@ COMMENT ON COLUMN keyvault.usage_anomalies.median IS 'Its median on the days bef
 
 COMMENT ON COLUMN keyvault.usage_anomalies.mad IS 'The median of the absolute deviations from that.';
 
-COMMENT ON COLUMN keyvault.usage_anomalies.score IS 'Deviations from the median, each the larger of 1.4826 mad, which is a standard deviation where values are normally distributed, and a tenth of the median; negative below it.';
+COMMENT ON COLUMN keyvault.usage_anomalies.score IS 'Deviations from the median, each the larger of 1.4826 mad, which is a standard deviation where values are normally distributed, and a tenth of the median, or where both are 0, one call, 1000 tokens, one credit, 0.01 USD; negative below it.';
 
 COMMENT ON COLUMN keyvault.usage_anomalies.baseline_days IS 'Days that the median is of.';
 

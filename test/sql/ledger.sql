@@ -172,3 +172,22 @@ SELECT now() - expires_at AS age, count(*), sum(amount) FROM keyvault.credit_hol
 SELECT * FROM keyvault.verify_ledger() WHERE user_id = 'le_k';
 SELECT purged, more FROM keyvault._purge(100);
 ROLLBACK;
+
+-- Thresholds of a larger plan are noted in the same period.
+SELECT keyvault.upsert_user('le_n') IS NOT NULL AS made;
+INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('le_n', 810);
+SELECT percent, credits_limit::float FROM keyvault.credit_notices WHERE user_id = 'le_n' ORDER BY 1;
+SELECT keyvault.set_plan('le_n', 'free', 1500);
+SELECT percent, credits_limit::float FROM keyvault.credit_notices WHERE user_id = 'le_n' ORDER BY 1;
+SELECT keyvault.set_plan('le_n', 'pro');
+SELECT percent, credits_limit::float FROM keyvault.credit_notices WHERE user_id = 'le_n' ORDER BY 1;
+INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('le_n', 40000);
+SELECT percent, credits_used::float, credits_limit::float FROM keyvault.credit_notices WHERE user_id = 'le_n' ORDER BY 1;
+
+-- A jump from nothing is an anomaly, a few more than nothing is none.
+BEGIN;
+INSERT INTO keyvault.usage_records (user_id, created_at, credits, tokens, cost_usd, debit_tag)
+SELECT 'le_z', now() - i * interval '1 day', CASE i WHEN 1 THEN 500 WHEN 2 THEN 3 ELSE 0 END, CASE i WHEN 1 THEN 9000 ELSE 0 END, CASE i WHEN 2 THEN 0.03 ELSE 0 END, 0
+  FROM generate_series(1, 9) i;
+SELECT (now() AT TIME ZONE 'UTC')::date - day AS days_ago, measure, trim_scale(value) AS value, trim_scale(median) AS median, score FROM keyvault.usage_anomalies WHERE user_id = 'le_z' ORDER BY 1, 2;
+ROLLBACK;
