@@ -12,6 +12,7 @@ CREATE TABLE keyvault.credit_grants (
     expires_at timestamptz,
     usage_id   uuid,
     idempotency_key text COLLATE "C",
+    price_usd  numeric(18,6) CHECK (price_usd >= 0 AND price_usd < 'Infinity'),
     PRIMARY KEY (user_id, id),
     CONSTRAINT credit_grants_idempotency_key UNIQUE (user_id, idempotency_key),
     CONSTRAINT credit_grants_usage_id UNIQUE (user_id, usage_id),
@@ -26,6 +27,7 @@ COMMENT ON COLUMN keyvault.credit_grants.expired IS 'What was left when it expir
 COMMENT ON COLUMN keyvault.credit_grants.kind IS 'grant, or refund of a usage record.';
 COMMENT ON COLUMN keyvault.credit_grants.expires_at IS 'From then on what is left no longer counts; NULL: never.';
 COMMENT ON COLUMN keyvault.credit_grants.usage_id IS 'The usage record that was refunded.';
+COMMENT ON COLUMN keyvault.credit_grants.price_usd IS 'What the user paid for it, in USD; NULL or 0: nothing. revenue_by_user counts it.';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.credit_grants', '');
 
 ALTER TABLE keyvault.credit_grants ENABLE ROW LEVEL SECURITY;
@@ -126,7 +128,7 @@ END $$;
 COMMENT ON FUNCTION keyvault._check_amount(numeric, numeric) IS 'Error 22023 unless amount is a number of credits of at_least or more.';
 
 CREATE FUNCTION keyvault._grant_credits(user_id text, amount numeric, reason text, expires_at timestamptz, idempotency_key text,
-                                        may_create boolean) RETURNS uuid
+                                        price_usd numeric, may_create boolean) RETURNS uuid
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
@@ -144,11 +146,16 @@ BEGIN
         RAISE EXCEPTION 'idempotency key must be 1 to 255 bytes long' USING ERRCODE = 'invalid_parameter_value',
             HINT = 'Leave it out for a grant that may be repeated.';
     END IF;
-    balance := keyvault._lock_balance($1, $6);
+    IF $6 = 'NaN' OR $6 < 0 OR $6 >= 1e12 THEN
+        RAISE EXCEPTION 'price_usd must be between 0 and 999999999999' USING ERRCODE = 'invalid_parameter_value',
+            HINT = 'Leave it out for credits that were not paid for.';
+    END IF;
+    balance := keyvault._lock_balance($1, $7);
     -- Under the balance's lock nobody else inserts the same key.
     SELECT * INTO earlier FROM keyvault.credit_grants g WHERE g.user_id = $1 AND g.idempotency_key = $5;
     IF FOUND THEN
-        IF earlier.amount <> round($2, 6) OR earlier.reason <> $3 OR earlier.expires_at IS DISTINCT FROM $4 THEN
+        IF earlier.amount <> round($2, 6) OR earlier.reason <> $3 OR earlier.expires_at IS DISTINCT FROM $4
+           OR earlier.price_usd IS DISTINCT FROM round($6, 6) THEN
             RAISE EXCEPTION 'idempotency key was already used for another grant'
                 USING ERRCODE = 'invalid_parameter_value', HINT = 'Use a new idempotency key for each different grant.';
         END IF;
@@ -158,12 +165,12 @@ BEGIN
         RAISE EXCEPTION 'expires_at must be in the future'
             USING ERRCODE = 'invalid_parameter_value', HINT = 'Leave it out for credits that do not expire.';
     END IF;
-    RETURN keyvault._add_grant(balance, keyvault.uuidv7(), $2, 'grant', $3, $4, NULL, $5);
+    RETURN keyvault._add_grant(balance, keyvault.uuidv7(), $2, 'grant', $3, $4, NULL, $5, $6);
 END $$;
-COMMENT ON FUNCTION keyvault._grant_credits(text, numeric, text, timestamptz, text, boolean) IS 'grant_credits, after its caller was checked.';
+COMMENT ON FUNCTION keyvault._grant_credits(text, numeric, text, timestamptz, text, numeric, boolean) IS 'grant_credits, after its caller was checked.';
 
 CREATE FUNCTION keyvault._add_grant(balance keyvault.credit_balances, id uuid, amount numeric, kind text, reason text,
-                                    expires_at timestamptz, usage_id uuid, idempotency_key text) RETURNS uuid
+                                    expires_at timestamptz, usage_id uuid, idempotency_key text, price_usd numeric = NULL) RETURNS uuid
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
@@ -180,21 +187,21 @@ BEGIN
         balance.credits_covered := balance.credits_covered + overage;
         balance.credits_overage := balance.credits_overage + overage;
     END IF;
-    INSERT INTO keyvault.credit_grants (user_id, id, amount, remaining, kind, reason, expires_at, usage_id, idempotency_key)
-    VALUES (balance.user_id, $2, $3, $3, $4, $5, nullif($6, 'infinity'), $7, $8);
+    INSERT INTO keyvault.credit_grants (user_id, id, amount, remaining, kind, reason, expires_at, usage_id, idempotency_key, price_usd)
+    VALUES (balance.user_id, $2, $3, $3, $4, $5, nullif($6, 'infinity'), $7, $8, $9);
     balance.extra_credits := balance.extra_credits + round($3, 6);
     PERFORM keyvault._save_balance(balance);
     RETURN $2;
 END $$;
-COMMENT ON FUNCTION keyvault._add_grant(keyvault.credit_balances, uuid, numeric, text, text, timestamptz, uuid, text) IS
+COMMENT ON FUNCTION keyvault._add_grant(keyvault.credit_balances, uuid, numeric, text, text, timestamptz, uuid, text, numeric) IS
     'Adds a grant to a locked balance and returns its id.';
 
-CREATE FUNCTION keyvault.grant_credits(user_id text, amount numeric, reason text, expires_at timestamptz = NULL, idempotency_key text = NULL)
-    RETURNS uuid
+CREATE FUNCTION keyvault.grant_credits(user_id text, amount numeric, reason text, expires_at timestamptz = NULL, idempotency_key text = NULL,
+                                       price_usd numeric = NULL) RETURNS uuid
     LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'keyvault_grant_credits';
-COMMENT ON FUNCTION keyvault.grant_credits(text, numeric, text, timestamptz, text) IS
-    'Gives a user credits beyond the plan, until expires_at or for good, and returns the grant''s id. They can be used at once: they do not pay for overage that was reported before. The same idempotency_key returns the same grant. Errors: 42501 without the right to act for any user or access admin, 22004 and 22023 bad argument, 22023 for a key that was used for another grant.';
+COMMENT ON FUNCTION keyvault.grant_credits(text, numeric, text, timestamptz, text, numeric) IS
+    'Gives a user credits beyond the plan, until expires_at or for good, and returns the grant''s id. They can be used at once: they do not pay for overage that was reported before. price_usd is what the user paid for them, in USD. The same idempotency_key returns the same grant. Errors: 42501 without the right to act for any user or access admin, 22004 and 22023 bad argument, 22023 for a key that was used for another grant.';
 
 CREATE FUNCTION keyvault.reset_due_credits(batch integer = 10000) RETURNS bigint
     LANGUAGE c VOLATILE PARALLEL UNSAFE

@@ -92,23 +92,34 @@ COMMENT ON COLUMN keyvault.cost_by_payer.cost_usd IS 'What the providers charge,
 COMMENT ON COLUMN keyvault.cost_by_payer.credits_overrun IS 'Credits beyond what the user had left; not debited.';
 
 CREATE VIEW keyvault.revenue_by_user WITH (security_invoker = true, security_barrier = true) AS
-SELECT u.user_id, m.month::date AS month, u.plan, p.price_usd AS revenue_usd, coalesce(c.platform, 0) AS provider_cost_usd,
-       p.price_usd - coalesce(c.platform, 0) AS margin_usd,
-       round((p.price_usd - coalesce(c.platform, 0)) / nullif(p.price_usd, 0), 4) AS margin,
+SELECT u.user_id, m.month::date AS month, w.plan, r.usd AS revenue_usd, coalesce(c.platform, 0) AS provider_cost_usd,
+       r.usd - coalesce(c.platform, 0) AS margin_usd,
+       round((r.usd - coalesce(c.platform, 0)) / nullif(r.usd, 0), 4) AS margin,
        coalesce(c.own, 0) AS own_key_cost_usd, coalesce(c.credits, 0) AS credits
   FROM keyvault.users u
-  JOIN keyvault.plans p ON p.plan = u.plan
- CROSS JOIN LATERAL generate_series(date_trunc('month', u.created_at AT TIME ZONE 'UTC'), now() AT TIME ZONE 'UTC', '1 month') m(month)
+  LEFT JOIN (SELECT d.user_id, min(d.day) AS day FROM keyvault._usage d GROUP BY 1) f ON f.user_id = u.user_id
+ CROSS JOIN LATERAL generate_series(date_trunc('month', least(u.created_at AT TIME ZONE 'UTC', f.day::timestamp)), now() AT TIME ZONE 'UTC',
+                                    '1 month') m(month)
+ -- The first change after the month says what was in force when it ended; the plan chosen on the first day is the first.
+ CROSS JOIN LATERAL (SELECT coalesce((SELECT e.plan FROM keyvault.credit_periods e
+                                       WHERE e.user_id = u.user_id AND e.ended_at >= (m.month + interval '1 month') AT TIME ZONE 'UTC'
+                                         AND e.ended_at >= (SELECT b.period_anchor + interval '1 day' FROM keyvault.credit_balances b
+                                                             WHERE b.user_id = u.user_id AND b.slot = 0)
+                                       ORDER BY e.ended_at, e.id LIMIT 1), u.plan)) w(plan)
+  LEFT JOIN keyvault.plans p ON p.plan = w.plan
+  LEFT JOIN (SELECT g.user_id, date_trunc('month', g.created_at AT TIME ZONE 'UTC') AS month, sum(g.price_usd) AS usd
+               FROM keyvault.credit_grants g WHERE g.price_usd IS NOT NULL GROUP BY 1, 2) g ON g.user_id = u.user_id AND g.month = m.month
+ CROSS JOIN LATERAL (SELECT p.price_usd + coalesce(g.usd, 0)) r(usd)
   LEFT JOIN (SELECT d.user_id, date_trunc('month', d.day::timestamp)::date AS month,
                     sum(d.cost_usd) FILTER (WHERE d.payer = 'platform') AS platform,
                     sum(d.cost_usd) FILTER (WHERE d.payer = 'user') AS own, sum(d.credits) AS credits
                FROM keyvault._usage d GROUP BY 1, 2) c ON c.user_id = u.user_id AND c.month = m.month::date;
 COMMENT ON VIEW keyvault.revenue_by_user IS
-    'What each user brings and costs, per UTC month since it was made: the price of its present plan against what the providers charge the platform. The acting user''s; every user''s for access analyst or admin.';
+    'What each user brings and costs, per UTC month since it was made or first used something: the price of the plan that the month ended with, and of grants, against what the providers charge the platform. Every user''s, for access analyst or admin.';
 COMMENT ON COLUMN keyvault.revenue_by_user.user_id IS 'Whose plan and usage.';
-COMMENT ON COLUMN keyvault.revenue_by_user.month IS 'First day of the month, in UTC; the month in which the user was made counts whole.';
-COMMENT ON COLUMN keyvault.revenue_by_user.plan IS 'The plan that the user has now; earlier ones are not looked at.';
-COMMENT ON COLUMN keyvault.revenue_by_user.revenue_usd IS 'Price of the plan for a month, in USD; NULL where it is negotiated.';
+COMMENT ON COLUMN keyvault.revenue_by_user.month IS 'First day of the month, in UTC; the first one counts whole.';
+COMMENT ON COLUMN keyvault.revenue_by_user.plan IS 'The plan that the month ended with, or that the user has now.';
+COMMENT ON COLUMN keyvault.revenue_by_user.revenue_usd IS 'Price of the plan for a month, as it is now, and of the month''s grants, in USD; NULL where the plan''s is negotiated.';
 COMMENT ON COLUMN keyvault.revenue_by_user.provider_cost_usd IS 'What providers charge the platform for the user''s calls, in USD.';
 COMMENT ON COLUMN keyvault.revenue_by_user.margin_usd IS 'revenue_usd less provider_cost_usd; NULL where the price is.';
 COMMENT ON COLUMN keyvault.revenue_by_user.margin IS 'margin_usd as a fraction of revenue_usd; NULL for a plan that is free or negotiated.';

@@ -773,6 +773,7 @@ CREATE TABLE keyvault.credit_grants (
     expires_at timestamptz,
     usage_id   uuid,
     idempotency_key text COLLATE "C",
+    price_usd  numeric(18,6) CHECK (price_usd >= 0 AND price_usd < 'Infinity'),
     PRIMARY KEY (user_id, id),
     CONSTRAINT credit_grants_idempotency_key UNIQUE (user_id, idempotency_key),
     CONSTRAINT credit_grants_usage_id UNIQUE (user_id, usage_id),
@@ -795,6 +796,8 @@ COMMENT ON COLUMN keyvault.credit_grants.kind IS 'grant, or refund of a usage re
 COMMENT ON COLUMN keyvault.credit_grants.expires_at IS 'From then on what is left no longer counts; NULL: never.';
 
 COMMENT ON COLUMN keyvault.credit_grants.usage_id IS 'The usage record that was refunded.';
+
+COMMENT ON COLUMN keyvault.credit_grants.price_usd IS 'What the user paid for it, in USD; NULL or 0: nothing. revenue_by_user counts it.';
 
 SELECT pg_catalog.pg_extension_config_dump('keyvault.credit_grants', '');
 
@@ -911,7 +914,7 @@ REVOKE ALL ON FUNCTION keyvault._check_amount(amount numeric, at_least numeric) 
 COMMENT ON FUNCTION keyvault._check_amount(numeric, numeric) IS 'Error 22023 unless amount is a number of credits of at_least or more.';
 
 CREATE FUNCTION keyvault._grant_credits(user_id text, amount numeric, reason text, expires_at timestamptz, idempotency_key text,
-                                        may_create boolean) RETURNS uuid
+                                        price_usd numeric, may_create boolean) RETURNS uuid
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
@@ -929,11 +932,16 @@ BEGIN
         RAISE EXCEPTION 'idempotency key must be 1 to 255 bytes long' USING ERRCODE = 'invalid_parameter_value',
             HINT = 'Leave it out for a grant that may be repeated.';
     END IF;
-    balance := keyvault._lock_balance($1, $6);
+    IF $6 = 'NaN' OR $6 < 0 OR $6 >= 1e12 THEN
+        RAISE EXCEPTION 'price_usd must be between 0 and 999999999999' USING ERRCODE = 'invalid_parameter_value',
+            HINT = 'Leave it out for credits that were not paid for.';
+    END IF;
+    balance := keyvault._lock_balance($1, $7);
     -- Under the balance's lock nobody else inserts the same key.
     SELECT * INTO earlier FROM keyvault.credit_grants g WHERE g.user_id = $1 AND g.idempotency_key = $5;
     IF FOUND THEN
-        IF earlier.amount <> round($2, 6) OR earlier.reason <> $3 OR earlier.expires_at IS DISTINCT FROM $4 THEN
+        IF earlier.amount <> round($2, 6) OR earlier.reason <> $3 OR earlier.expires_at IS DISTINCT FROM $4
+           OR earlier.price_usd IS DISTINCT FROM round($6, 6) THEN
             RAISE EXCEPTION 'idempotency key was already used for another grant'
                 USING ERRCODE = 'invalid_parameter_value', HINT = 'Use a new idempotency key for each different grant.';
         END IF;
@@ -943,14 +951,14 @@ BEGIN
         RAISE EXCEPTION 'expires_at must be in the future'
             USING ERRCODE = 'invalid_parameter_value', HINT = 'Leave it out for credits that do not expire.';
     END IF;
-    RETURN keyvault._add_grant(balance, keyvault.uuidv7(), $2, 'grant', $3, $4, NULL, $5);
+    RETURN keyvault._add_grant(balance, keyvault.uuidv7(), $2, 'grant', $3, $4, NULL, $5, $6);
 END $$;
-REVOKE ALL ON FUNCTION keyvault._grant_credits(user_id text, amount numeric, reason text, expires_at timestamptz, idempotency_key text, may_create boolean) FROM PUBLIC;
+REVOKE ALL ON FUNCTION keyvault._grant_credits(user_id text, amount numeric, reason text, expires_at timestamptz, idempotency_key text, price_usd numeric, may_create boolean) FROM PUBLIC;
 
-COMMENT ON FUNCTION keyvault._grant_credits(text, numeric, text, timestamptz, text, boolean) IS 'grant_credits, after its caller was checked.';
+COMMENT ON FUNCTION keyvault._grant_credits(text, numeric, text, timestamptz, text, numeric, boolean) IS 'grant_credits, after its caller was checked.';
 
 CREATE FUNCTION keyvault._add_grant(balance keyvault.credit_balances, id uuid, amount numeric, kind text, reason text,
-                                    expires_at timestamptz, usage_id uuid, idempotency_key text) RETURNS uuid
+                                    expires_at timestamptz, usage_id uuid, idempotency_key text, price_usd numeric = NULL) RETURNS uuid
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
@@ -967,25 +975,25 @@ BEGIN
         balance.credits_covered := balance.credits_covered + overage;
         balance.credits_overage := balance.credits_overage + overage;
     END IF;
-    INSERT INTO keyvault.credit_grants (user_id, id, amount, remaining, kind, reason, expires_at, usage_id, idempotency_key)
-    VALUES (balance.user_id, $2, $3, $3, $4, $5, nullif($6, 'infinity'), $7, $8);
+    INSERT INTO keyvault.credit_grants (user_id, id, amount, remaining, kind, reason, expires_at, usage_id, idempotency_key, price_usd)
+    VALUES (balance.user_id, $2, $3, $3, $4, $5, nullif($6, 'infinity'), $7, $8, $9);
     balance.extra_credits := balance.extra_credits + round($3, 6);
     PERFORM keyvault._save_balance(balance);
     RETURN $2;
 END $$;
-REVOKE ALL ON FUNCTION keyvault._add_grant(balance keyvault.credit_balances, id uuid, amount numeric, kind text, reason text, expires_at timestamptz, usage_id uuid, idempotency_key text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION keyvault._add_grant(balance keyvault.credit_balances, id uuid, amount numeric, kind text, reason text, expires_at timestamptz, usage_id uuid, idempotency_key text, price_usd numeric) FROM PUBLIC;
 
-COMMENT ON FUNCTION keyvault._add_grant(keyvault.credit_balances, uuid, numeric, text, text, timestamptz, uuid, text) IS
+COMMENT ON FUNCTION keyvault._add_grant(keyvault.credit_balances, uuid, numeric, text, text, timestamptz, uuid, text, numeric) IS
     'Adds a grant to a locked balance and returns its id.';
 
-CREATE FUNCTION keyvault.grant_credits(user_id text, amount numeric, reason text, expires_at timestamptz = NULL, idempotency_key text = NULL)
-    RETURNS uuid
+CREATE FUNCTION keyvault.grant_credits(user_id text, amount numeric, reason text, expires_at timestamptz = NULL, idempotency_key text = NULL,
+                                       price_usd numeric = NULL) RETURNS uuid
     LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'keyvault_grant_credits';
-REVOKE ALL ON FUNCTION keyvault.grant_credits(user_id text, amount numeric, reason text, expires_at timestamptz, idempotency_key text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION keyvault.grant_credits(user_id text, amount numeric, reason text, expires_at timestamptz, idempotency_key text, price_usd numeric) FROM PUBLIC;
 
-COMMENT ON FUNCTION keyvault.grant_credits(text, numeric, text, timestamptz, text) IS
-    'Gives a user credits beyond the plan, until expires_at or for good, and returns the grant''s id. They can be used at once: they do not pay for overage that was reported before. The same idempotency_key returns the same grant. Errors: 42501 without the right to act for any user or access admin, 22004 and 22023 bad argument, 22023 for a key that was used for another grant.';
+COMMENT ON FUNCTION keyvault.grant_credits(text, numeric, text, timestamptz, text, numeric) IS
+    'Gives a user credits beyond the plan, until expires_at or for good, and returns the grant''s id. They can be used at once: they do not pay for overage that was reported before. price_usd is what the user paid for them, in USD. The same idempotency_key returns the same grant. Errors: 42501 without the right to act for any user or access admin, 22004 and 22023 bad argument, 22023 for a key that was used for another grant.';
 
 CREATE FUNCTION keyvault.reset_due_credits(batch integer = 10000) RETURNS bigint
     LANGUAGE c VOLATILE PARALLEL UNSAFE
@@ -3674,13 +3682,24 @@ COMMENT ON COLUMN keyvault.cost_by_payer.cost_usd IS 'What the providers charge,
 COMMENT ON COLUMN keyvault.cost_by_payer.credits_overrun IS 'Credits beyond what the user had left; not debited.';
 
 CREATE VIEW keyvault.revenue_by_user WITH (security_invoker = true, security_barrier = true) AS
-SELECT u.user_id, m.month::date AS month, u.plan, p.price_usd AS revenue_usd, coalesce(c.platform, 0) AS provider_cost_usd,
-       p.price_usd - coalesce(c.platform, 0) AS margin_usd,
-       round((p.price_usd - coalesce(c.platform, 0)) / nullif(p.price_usd, 0), 4) AS margin,
+SELECT u.user_id, m.month::date AS month, w.plan, r.usd AS revenue_usd, coalesce(c.platform, 0) AS provider_cost_usd,
+       r.usd - coalesce(c.platform, 0) AS margin_usd,
+       round((r.usd - coalesce(c.platform, 0)) / nullif(r.usd, 0), 4) AS margin,
        coalesce(c.own, 0) AS own_key_cost_usd, coalesce(c.credits, 0) AS credits
   FROM keyvault.users u
-  JOIN keyvault.plans p ON p.plan = u.plan
- CROSS JOIN LATERAL generate_series(date_trunc('month', u.created_at AT TIME ZONE 'UTC'), now() AT TIME ZONE 'UTC', '1 month') m(month)
+  LEFT JOIN (SELECT d.user_id, min(d.day) AS day FROM keyvault._usage d GROUP BY 1) f ON f.user_id = u.user_id
+ CROSS JOIN LATERAL generate_series(date_trunc('month', least(u.created_at AT TIME ZONE 'UTC', f.day::timestamp)), now() AT TIME ZONE 'UTC',
+                                    '1 month') m(month)
+ -- The first change after the month says what was in force when it ended; the plan chosen on the first day is the first.
+ CROSS JOIN LATERAL (SELECT coalesce((SELECT e.plan FROM keyvault.credit_periods e
+                                       WHERE e.user_id = u.user_id AND e.ended_at >= (m.month + interval '1 month') AT TIME ZONE 'UTC'
+                                         AND e.ended_at >= (SELECT b.period_anchor + interval '1 day' FROM keyvault.credit_balances b
+                                                             WHERE b.user_id = u.user_id AND b.slot = 0)
+                                       ORDER BY e.ended_at, e.id LIMIT 1), u.plan)) w(plan)
+  LEFT JOIN keyvault.plans p ON p.plan = w.plan
+  LEFT JOIN (SELECT g.user_id, date_trunc('month', g.created_at AT TIME ZONE 'UTC') AS month, sum(g.price_usd) AS usd
+               FROM keyvault.credit_grants g WHERE g.price_usd IS NOT NULL GROUP BY 1, 2) g ON g.user_id = u.user_id AND g.month = m.month
+ CROSS JOIN LATERAL (SELECT p.price_usd + coalesce(g.usd, 0)) r(usd)
   LEFT JOIN (SELECT d.user_id, date_trunc('month', d.day::timestamp)::date AS month,
                     sum(d.cost_usd) FILTER (WHERE d.payer = 'platform') AS platform,
                     sum(d.cost_usd) FILTER (WHERE d.payer = 'user') AS own, sum(d.credits) AS credits
@@ -3688,15 +3707,15 @@ SELECT u.user_id, m.month::date AS month, u.plan, p.price_usd AS revenue_usd, co
 REVOKE ALL ON keyvault.revenue_by_user FROM PUBLIC;
 
 COMMENT ON VIEW keyvault.revenue_by_user IS
-    'What each user brings and costs, per UTC month since it was made: the price of its present plan against what the providers charge the platform. The acting user''s; every user''s for access analyst or admin.';
+    'What each user brings and costs, per UTC month since it was made or first used something: the price of the plan that the month ended with, and of grants, against what the providers charge the platform. Every user''s, for access analyst or admin.';
 
 COMMENT ON COLUMN keyvault.revenue_by_user.user_id IS 'Whose plan and usage.';
 
-COMMENT ON COLUMN keyvault.revenue_by_user.month IS 'First day of the month, in UTC; the month in which the user was made counts whole.';
+COMMENT ON COLUMN keyvault.revenue_by_user.month IS 'First day of the month, in UTC; the first one counts whole.';
 
-COMMENT ON COLUMN keyvault.revenue_by_user.plan IS 'The plan that the user has now; earlier ones are not looked at.';
+COMMENT ON COLUMN keyvault.revenue_by_user.plan IS 'The plan that the month ended with, or that the user has now.';
 
-COMMENT ON COLUMN keyvault.revenue_by_user.revenue_usd IS 'Price of the plan for a month, in USD; NULL where it is negotiated.';
+COMMENT ON COLUMN keyvault.revenue_by_user.revenue_usd IS 'Price of the plan for a month, as it is now, and of the month''s grants, in USD; NULL where the plan''s is negotiated.';
 
 COMMENT ON COLUMN keyvault.revenue_by_user.provider_cost_usd IS 'What providers charge the platform for the user''s calls, in USD.';
 
@@ -4381,8 +4400,11 @@ BEGIN
              || 'keyvault.model_prices, keyvault.credit_status, keyvault.usage_records, keyvault.usage_by_day';
     RETURN NEXT 'SELECT ON keyvault.credit_grants, keyvault.credit_periods, keyvault.credit_notices, keyvault.credit_budgets, '
              || 'keyvault.budget_status, keyvault.plan_prices, keyvault.usage_archived';
-    RETURN NEXT 'SELECT ON keyvault.usage_by_model, keyvault.usage_by_month, keyvault.cost_by_payer, keyvault.revenue_by_user, '
+    RETURN NEXT 'SELECT ON keyvault.usage_by_model, keyvault.usage_by_month, keyvault.cost_by_payer, '
              || 'keyvault.usage_anomalies, keyvault.usage_daily, keyvault.usage_late, keyvault.usage_retired, keyvault.usage_rollup, keyvault._usage';
+    IF access IN ('analyst', 'admin') THEN
+        RETURN NEXT 'SELECT ON keyvault.revenue_by_user';
+    END IF;
     IF access IN ('app', 'user') THEN
         RETURN NEXT 'SELECT (user_id, id, provider, model, type, path, payer, api_key_id, status, attempts, timeout_ms, hold_id, estimated_usd, '
                  || 'idempotency_key, queued_at, next_attempt_at, sent_at, finished_at, error, metadata, body) ON keyvault.requests';

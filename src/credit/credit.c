@@ -207,13 +207,13 @@ Datum
 keyvault_grant_credits(PG_FUNCTION_ARGS)
 {
 	static KvStatement grant = {
-		"SELECT keyvault._grant_credits($1, $2, $3, $4, $5, $6)", 6,
-		{TEXTOID, NUMERICOID, TEXTOID, TIMESTAMPTZOID, TEXTOID, BOOLOID}
+		"SELECT keyvault._grant_credits($1, $2, $3, $4, $5, $6, $7)", 7,
+		{TEXTOID, NUMERICOID, TEXTOID, TIMESTAMPTZOID, TEXTOID, NUMERICOID, BOOLOID}
 	};
 	Arguments	arguments = {0};
 
 	add_user(&arguments, account_argument(fcinfo, 0));
-	add_call(&arguments, fcinfo, 1, 4);
+	add_call(&arguments, fcinfo, 1, 5);
 	add_value(&arguments, BoolGetDatum(kv_identity_acts_for_any_user()), false);
 	return run_and_return(fcinfo, &grant, &arguments, true);
 }

@@ -191,3 +191,26 @@ SELECT 'le_z', now() - i * interval '1 day', CASE i WHEN 1 THEN 500 WHEN 2 THEN 
   FROM generate_series(1, 9) i;
 SELECT (now() AT TIME ZONE 'UTC')::date - day AS days_ago, measure, trim_scale(value) AS value, trim_scale(median) AS median, score FROM keyvault.usage_anomalies WHERE user_id = 'le_z' ORDER BY 1, 2;
 ROLLBACK;
+
+-- What a user brings, by the plan of each month and the grants it paid for; usage from before the user was made counts.
+BEGIN;
+SELECT keyvault.upsert_user('le_m') IS NOT NULL AS made;
+UPDATE keyvault.users SET created_at = '2020-02-10' WHERE user_id = 'le_m';
+UPDATE keyvault.credit_balances SET period_anchor = '2020-02-10' WHERE user_id = 'le_m';
+INSERT INTO keyvault.credit_periods (user_id, ended_by, plan, period_start, period_end, ended_at, monthly_credits, credits_covered, credits_used, extra_spent, overage) VALUES
+       ('le_m', 'plan', 'free', '2020-02-10', '2020-03-10', '2020-03-05', 1000, 0, 0, 0, 0), ('le_m', 'plan', 'pro', '2020-03-10', '2020-04-10', '2020-04-20', 50000, 0, 0, 0, 0);
+INSERT INTO keyvault.usage_records (user_id, created_at, credits, cost_usd, payer, debit_tag) VALUES
+       ('le_m', '2020-01-20', 1, 3, 'platform', 0), ('le_m', '2020-03-20', 2, 5, 'platform', 0), ('le_m', '2020-03-20', 0, 4, 'user', 0);
+INSERT INTO keyvault.credit_grants (user_id, amount, remaining, reason, created_at, price_usd) VALUES ('le_m', 1, 0, 'paid', '2020-04-02', 9.5), ('le_m', 1, 0, 'a gift', '2020-04-02', NULL);
+SELECT month, plan, revenue_usd::float AS revenue, provider_cost_usd::float AS cost, margin_usd::float AS earned, margin, own_key_cost_usd::float AS own, credits::float
+  FROM keyvault.revenue_by_user WHERE user_id = 'le_m' AND month < '2020-06-01' ORDER BY 1;
+SELECT keyvault.grant_credits('le_m', 10, 'bought', idempotency_key => 'k', price_usd => 2.5) = keyvault.grant_credits('le_m', 10, 'bought', idempotency_key => 'k', price_usd => 2.50) AS same;
+SELECT revenue_usd::float AS revenue FROM keyvault.revenue_by_user WHERE user_id = 'le_m' ORDER BY month DESC LIMIT 1;
+SAVEPOINT a;
+SELECT keyvault.grant_credits('le_m', 10, 'bought', idempotency_key => 'k', price_usd => 3);
+ROLLBACK TO a;
+SELECT keyvault.grant_credits('le_m', 10, 'bought', price_usd => -1);
+ROLLBACK TO a;
+SELECT keyvault.grant_credits('le_m', 10, 'bought', price_usd => 'NaN');
+ROLLBACK;
+SELECT a.access, a.privilege LIKE '%revenue\_by\_user%' AS may FROM (SELECT access, string_agg(s, ' ') AS privilege FROM unnest('{app, user, analyst, admin}'::text[]) access, keyvault._access_statements(access) s GROUP BY 1) a ORDER BY 1;
