@@ -18,7 +18,7 @@ DECLARE
 BEGIN
     UPDATE keyvault.requests SET status = 'sent', attempts = 1 WHERE id = request RETURNING user_id INTO who;
     ASSERT keyvault._settle_request(who, request, 1, 'done', 200, '{}', NULL, model, input, cached, output, usd, false);
-    SELECT format('%s: %s + %s = %s tokens, %s USD, %s credits, %s overrun', u.model, u.input_tokens, u.output_tokens, u.tokens, trim_scale(u.cost_usd),
+    SELECT format('%s: %s (%s cached) + %s = %s tokens, %s USD, %s credits, %s overrun', u.model, u.input_tokens, u.cached_tokens, u.output_tokens, u.tokens, trim_scale(u.cost_usd),
                   trim_scale(u.credits), trim_scale(u.credits_overrun)) INTO STRICT told FROM keyvault.usage_records u WHERE u.request_id = request;
     RETURN told;
 END $$;
@@ -136,6 +136,12 @@ UPDATE keyvault.requests SET finished_at = now() - interval '25 hours' WHERE id 
 SELECT purged >= 2 AS purged FROM keyvault._purge(100);
 SELECT r.id = :'recent' AS recent, r.status, r.error FROM keyvault.requests r WHERE r.id IN (:'forgotten', :'recent', :'second') ORDER BY id;
 SELECT credits, cost_usd FROM keyvault.usage_records WHERE request_id IN (:'forgotten', :'second');
+-- the test of a key costs nothing, whatever became of it
+SELECT keyvault.store_api_key('openai', 'sk-regress-own', user_id => 'rp_u') IS NOT NULL AS stored;
+SELECT keyvault.test_api_key('openai', user_id => 'rp_u') AS test \gset
+UPDATE keyvault.requests SET status = 'unknown', finished_at = now() - interval '2 days' WHERE id = :'test';
+SELECT keyvault._charge_unknown(100), (SELECT count(*) FROM keyvault.unknown_requests() WHERE id = :'test') AS listed;
+DELETE FROM keyvault.requests WHERE id = :'test';
 -- whoever acts for users, and administrators; not the users
 CREATE ROLE regress_kv_user;
 CREATE ROLE regress_kv_admin;
