@@ -41,7 +41,8 @@ COMMENT ON COLUMN keyvault.credit_balances.credits_overage IS
 COMMENT ON COLUMN keyvault.credit_balances.period_anchor IS 'Period n begins at period_anchor + n months, in UTC.';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.credit_balances', '');
 
-CREATE INDEX credit_balances_due ON keyvault.credit_balances (due_at) WHERE slot = 0;
+-- Not WHERE slot = 0: while the table is new the planner would take it for looking up one balance, and scan it all.
+CREATE INDEX credit_balances_due ON keyvault.credit_balances (due_at);
 
 -- What a balance was before a period or a plan ended: with it, history can be proved.
 CREATE TABLE keyvault.credit_periods (

@@ -261,7 +261,8 @@ ALTER TABLE keyvault.credit_balances ALTER COLUMN due_at SET NOT NULL,
     ALTER COLUMN extra_spent SET NOT NULL, ALTER COLUMN extra_spent SET DEFAULT 0,
     ALTER COLUMN credits_overage SET NOT NULL, ALTER COLUMN credits_overage SET DEFAULT 0;
 
-CREATE INDEX credit_balances_due ON keyvault.credit_balances (due_at) WHERE slot = 0;
+-- Not WHERE slot = 0: while the table is new the planner would take it for looking up one balance, and scan it all.
+CREATE INDEX credit_balances_due ON keyvault.credit_balances (due_at);
 
 -- What a balance was before a period or a plan ended: with it, history can be proved.
 CREATE TABLE keyvault.credit_periods (
@@ -2196,6 +2197,7 @@ ALTER TABLE keyvault.api_keys ALTER COLUMN fingerprint DROP NOT NULL;
 ALTER TABLE keyvault.api_keys DROP CONSTRAINT api_keys_source_check;
 ALTER TABLE keyvault.api_keys ADD CONSTRAINT api_keys_source_check CHECK (source IN ('user', 'platform', 'reference'));
 ALTER TABLE keyvault.api_keys ADD COLUMN problem text;
+ALTER TABLE keyvault.api_keys SET (fillfactor = 70);
 ALTER TABLE keyvault.api_keys ADD COLUMN use_count bigint NOT NULL DEFAULT 0;
 
 CREATE INDEX api_keys_boxes ON keyvault.api_keys (user_id, id) WHERE fingerprint IS NULL;
