@@ -3,8 +3,10 @@
  *		Seal and open one secret under a user's data key.
  *
  * Record: 'K' | 1 | suite | flags | data key version (4) | data key id (16) | salt (16) |
- * nonce (12) | commitment (32) | ciphertext | tag (16), integers big-endian. Salt and
- * nonce are fresh for each record. HKDF-SHA256 of data key and salt gives the record's
+ * nonce (12) | commitment (32) | ciphertext | tag (16), integers big-endian. The nonce is
+ * fresh for each record, the salt for each week: a user's records of a week have one key,
+ * which is derived once to open them all, and no key seals so many that nonces, which are
+ * random, could meet (2^32: NIST SP 800-38D, 8.3). HKDF-SHA256 of data key and salt gives the
  * AES-256-GCM key and the commitment, which is compared first: no record opens under two
  * keys. The associated data is all that precedes the ciphertext, then vault, user, secret
  * id, provider and purpose: a record copied to another row, user, provider or vault does
@@ -21,6 +23,7 @@
 #include "crypto/master_key.h"
 #include "crypto/record_key_cache.h"
 #include "port/pg_bswap.h"
+#include "utils/timestamp.h"
 
 #define RECORD_MAGIC	'K'
 #define RECORD_FORMAT	1
@@ -39,6 +42,16 @@ typedef struct RecordHeader
 } RecordHeader;
 
 StaticAssertDecl(sizeof(RecordHeader) == 84, "the record's format has no padding");
+
+/* The week as a salt: its number since 2000-01-01 in UTC, big-endian, behind zeros. */
+static void
+make_salt(uint8 *salt)
+{
+	uint64		week = pg_hton64((uint64) (GetCurrentTimestamp() / (7 * USECS_PER_DAY)));
+
+	memset(salt, 0, KV_SALT_SIZE);
+	memcpy(salt + KV_SALT_SIZE - sizeof(week), &week, sizeof(week));
+}
 
 static void
 derive_record_key(KvRecordKey *record_key, const KvDataKey *data_key, const RecordHeader *header)
@@ -86,7 +99,7 @@ kv_envelope_seal(const KvDataKey *data_key, const KvSecretName *name, const char
 	header->suite = RECORD_SUITE;
 	header->data_key_version = pg_hton32(data_key->version);
 	memcpy(header->id.data_key_id, data_key->id.data, UUID_LEN);
-	kv_random_bytes(header->id.salt, KV_SALT_SIZE);
+	make_salt(header->id.salt);
 	kv_random_bytes(header->nonce, KV_NONCE_SIZE);
 	derive_record_key(&record_key, data_key, header);
 	memcpy(header->commitment, record_key.commitment, KV_COMMITMENT_SIZE);
@@ -122,23 +135,13 @@ find_record_key(KvRecordKey *record_key, const RecordHeader *header, const char 
 {
 	uint32		generation = kv_master_key_generation();
 	KvDataKey  *data_key;
-	KvDataKey	last;
 
 	if (kv_record_key_cache_get(&header->id, generation, record_key))
 		return true;
-	if (kv_record_key_cache_get_data_key(&header->id, generation, last.key, &last.vault_id))
-	{
-		derive_record_key(record_key, &last, header);
-		kv_secret_wipe(&last, sizeof(last));
-	}
-	else
-	{
-		data_key = kv_data_key_find(user_id, pg_ntoh32(header->data_key_version), header->id.data_key_id);
-		if (data_key == NULL)
-			return false;
-		derive_record_key(record_key, data_key, header);
-		kv_record_key_cache_put_data_key(&header->id, generation, data_key->key, &data_key->vault_id);
-	}
+	data_key = kv_data_key_find(user_id, pg_ntoh32(header->data_key_version), header->id.data_key_id);
+	if (data_key == NULL)
+		return false;
+	derive_record_key(record_key, data_key, header);
 	kv_record_key_cache_put(&header->id, generation, record_key);
 	return true;
 }

@@ -2,10 +2,10 @@
  * record_key_cache.c
  *		Keys of records that this process opened lately.
  *
- * A record names its data key, and its salt, by random bytes that are never given twice,
- * so that its key can be used again without reading, unwrapping and deriving: that is
- * most of what opening costs. The record's associated data still names user, row and
- * vault: an entry opens nothing that the row of data_keys would not. When data keys are
+ * A record's key follows from its data key, which it names by random bytes that are never
+ * given twice, and its salt: it can be used again without reading, unwrapping and deriving,
+ * which is most of what opening costs. The record's associated data still names user, row
+ * and vault: an entry opens nothing that the row of data_keys would not. When data keys are
  * changed or destroyed, or the master key is read anew, every process forgets all entries.
  *-------------------------------------------------------------------------
  */
@@ -38,21 +38,12 @@ typedef struct Bucket
 	uint32		next;			/* the one to be replaced */
 } Bucket;
 
-/* The data key that a record's key was derived from last: a user's records are opened one after another. */
-typedef struct LastDataKey
-{
-	uint8		id[UUID_LEN];
-	uint8		key[KV_KEY_SIZE];
-	pg_uuid_t	vault_id;
-} LastDataKey;
-
 /* In shared memory: raised when every process has to forget. */
 static pg_atomic_uint32 *epoch = NULL;
 
 /* This process's entries, in memory that stays out of core files; made at first use. */
 static Bucket *buckets = NULL;
 static uint32 n_buckets;
-static LastDataKey *last;		/* behind the buckets */
 static uint64 filled_at;
 
 /* This transaction has changed data keys; dropped when it ends. */
@@ -75,7 +66,7 @@ kv_record_key_cache_shmem_init(void *memory, bool found)
 static Size
 cache_size(void)
 {
-	return n_buckets * sizeof(Bucket) + sizeof(LastDataKey);
+	return n_buckets * sizeof(Bucket);
 }
 
 /* Where a record's key belongs; NULL when none are kept. Entries of before now, or of another master key, are wiped first. */
@@ -91,7 +82,6 @@ bucket_of(const KvRecordId *id, uint32 generation)
 		if (n_buckets == 0)
 			return NULL;
 		buckets = kv_secret_page(cache_size());
-		last = (LastDataKey *) (buckets + n_buckets);
 		filled_at = now;
 	}
 	if (filled_at != now)
@@ -99,7 +89,8 @@ bucket_of(const KvRecordId *id, uint32 generation)
 		kv_secret_wipe(buckets, cache_size());
 		filled_at = now;
 	}
-	memcpy(&hash, id->salt, sizeof(hash));
+	/* The last bytes of a UUID are random in every version. */
+	memcpy(&hash, id->data_key_id + UUID_LEN - sizeof(hash), sizeof(hash));
 	return &buckets[hash % n_buckets];
 }
 
@@ -131,28 +122,6 @@ kv_record_key_cache_put(const KvRecordId *id, uint32 generation, const KvRecordK
 		entry->id = *id;
 		entry->record_key = *record_key;
 	}
-}
-
-/* Fill in the data key of a record, KV_KEY_SIZE bytes, and its vault; false when it is not the last one used. */
-bool
-kv_record_key_cache_get_data_key(const KvRecordId *id, uint32 generation, uint8 *key, pg_uuid_t *vault_id)
-{
-	if (bucket_of(id, generation) == NULL || memcmp(last->id, id->data_key_id, UUID_LEN) != 0)
-		return false;
-	memcpy(key, last->key, KV_KEY_SIZE);
-	*vault_id = last->vault_id;
-	return true;
-}
-
-/* Keep the data key of a record, in the place of the last one. */
-void
-kv_record_key_cache_put_data_key(const KvRecordId *id, uint32 generation, const uint8 *key, const pg_uuid_t *vault_id)
-{
-	if (bucket_of(id, generation) == NULL)
-		return;
-	memcpy(last->id, id->data_key_id, UUID_LEN);
-	memcpy(last->key, key, KV_KEY_SIZE);
-	last->vault_id = *vault_id;
 }
 
 /* Wipe what this process keeps. */

@@ -14,7 +14,7 @@
 #define KV_SALT_SIZE		16
 #define KV_COMMITMENT_SIZE	32
 
-/* Which record: the data key that it names, and its salt. Both are random and never given twice. */
+/* What a record's key follows from: the data key that it names, by an id that is never given twice, and its salt. */
 typedef struct KvRecordId
 {
 	uint8		data_key_id[UUID_LEN];
@@ -33,8 +33,6 @@ extern void kv_record_key_cache_wipe(void);
 extern Size kv_record_key_cache_shmem_size(void);
 extern void kv_record_key_cache_shmem_init(void *memory, bool found);
 extern bool kv_record_key_cache_get(const KvRecordId *id, uint32 generation, KvRecordKey *record_key);
-extern bool kv_record_key_cache_get_data_key(const KvRecordId *id, uint32 generation, uint8 *key, pg_uuid_t *vault_id);
-extern void kv_record_key_cache_put_data_key(const KvRecordId *id, uint32 generation, const uint8 *key, const pg_uuid_t *vault_id);
 extern void kv_record_key_cache_put(const KvRecordId *id, uint32 generation, const KvRecordKey *record_key);
 
 #endif

@@ -34,17 +34,6 @@ kv_record_key_cache_put(const KvRecordId *id, uint32 generation, const KvRecordK
 {
 }
 
-bool
-kv_record_key_cache_get_data_key(const KvRecordId *id, uint32 generation, uint8 *key, pg_uuid_t *vault_id)
-{
-	return false;
-}
-
-void
-kv_record_key_cache_put_data_key(const KvRecordId *id, uint32 generation, const uint8 *key, const pg_uuid_t *vault_id)
-{
-}
-
 static bool
 opens(const bytea *record)
 {

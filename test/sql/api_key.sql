@@ -24,6 +24,14 @@ SELECT provider, name, hint, status, source, calls_this_month FROM keyvault.api_
 SELECT provider, substr(ciphertext, 1, 4), octet_length(ciphertext), position('regress'::bytea IN ciphertext) AS found
   FROM keyvault.api_keys WHERE user_id = 'key_a' AND name = 'default' ORDER BY 1;
 SELECT substr(wrapped, 1, 4), octet_length(wrapped) FROM keyvault.data_keys WHERE user_id = 'key_a';
+-- The salt is the week: one record key opens all that a user stores in it.
+SELECT count(*) FILTER (WHERE substr(ciphertext, 25, 8) <> '\x0000000000000000') AS other,
+       count(*) FILTER (WHERE ('x' || encode(substr(ciphertext, 33, 8), 'hex'))::bit(64)::bigint NOT BETWEEN week.before AND week.now) AS of_other_weeks,
+       count(DISTINCT substr(ciphertext, 41, 12)) = count(*) AS nonces_differ
+  FROM keyvault.api_keys,
+       (SELECT floor(extract(epoch FROM (now() - interval '1 day') - timestamptz '2000-01-01 00:00:00+00') / (7 * 86400)) AS before,
+               floor(extract(epoch FROM clock_timestamp() - timestamptz '2000-01-01 00:00:00+00') / (7 * 86400)) AS now) week;
+
 -- Equal keys: equal fingerprints for one user, never across users; never an equal ciphertext.
 SELECT keyvault.store_api_key('openai', 'sk-regress-aaaaaaaaaaaaaaaa', 'copy', 'key_a') IS NOT NULL AS stored;
 SELECT keyvault.store_api_key('openai', 'sk-regress-aaaaaaaaaaaaaaaa', 'copy', 'key_b') IS NOT NULL AS stored;
