@@ -28,8 +28,11 @@ static const SensitiveWord sensitive_words[] = {
 	{"request", true}, {"call", true},
 };
 
-/* With which these words, and EXECUTE, begin: most words of a text need no closer look. */
-static const char first_letters[] = "apiurce";
+/* With which these words, and EXECUTE, begin: most bytes of a text need no closer look. */
+static const bool is_first_letter[256] = {
+	['a'] = true, ['p'] = true, ['i'] = true, ['u'] = true, ['r'] = true, ['c'] = true, ['e'] = true,
+	['A'] = true, ['P'] = true, ['I'] = true, ['U'] = true, ['R'] = true, ['C'] = true, ['E'] = true,
+};
 
 /* What makes "api_key" the name of a column or a view. */
 static const char *const harmless_after_word[] = {"_id", "_status"};
@@ -160,7 +163,7 @@ kv_secret_text_names_secret(const char *text)
 		return false;
 	for (const char *p = text; *p; p++)
 	{
-		if (strchr(first_letters, tolower((unsigned char) *p)) == NULL)
+		if (!is_first_letter[(unsigned char) *p])
 			continue;
 		if (p > text && is_word_byte(p[-1]) && p[0] != '_' && p[-1] != '_')
 			continue;			/* within a word */
