@@ -18,8 +18,13 @@
 #include "catalog/namespace.h"
 #include "catalog/pg_type.h"
 #include "utils/fmgroids.h"
+#include "utils/inval.h"
 #include "utils/lsyscache.h"
 #include "utils/snapmgr.h"
+#include "utils/syscache.h"
+
+/* How often this process has heard of a change that may give a name another oid; beyond 0, which no KvIndex knows. */
+static uint64 catalogue_changes = 1;
 
 static Oid
 relation_in_schema(const char *name, Oid schema)
@@ -50,27 +55,57 @@ equality_of(Oid type)
 	}
 }
 
-/*
- * Begin a scan for rows whose leading index columns equal keys, each of type text,
- * uuid, bytea or int2, under the active snapshot.
- */
-void
-kv_index_scan_begin(KvIndexScan *scan, const char *table, const char *index,
-					int nkeys, const Datum *keys, const Oid *keytypes)
+static void
+relation_changed(Datum arg, Oid relation)
 {
-	Oid			schema = get_namespace_oid("keyvault", true);
+	catalogue_changes++;
+}
+
+static void
+schema_changed(Datum arg, int cache, uint32 hash)
+{
+	catalogue_changes++;
+}
+
+/* Follow changes of the catalogue; called once, while the server preloads the library. */
+void
+kv_index_scan_init(void)
+{
+	CacheRegisterRelcacheCallback(relation_changed, (Datum) 0);
+	CacheRegisterSyscacheCallback(NAMESPACEOID, schema_changed, (Datum) 0);
+}
+
+/* Find an index and its table by their names, if they may be others than before. */
+static void
+know_index(KvIndex *index)
+{
+	uint64		now = catalogue_changes;
+	Oid			schema;
+
+	if (index->known_at == now)
+		return;
+	schema = get_namespace_oid("keyvault", true);
+	index->table_oid = relation_in_schema(index->table, schema);
+	index->oid = relation_in_schema(index->name, schema);
+	index->known_at = now;
+}
+
+/* Begin a scan for rows whose leading index columns equal keys, under the active snapshot. Locks stay until the transaction ends. */
+void
+kv_index_scan_begin(KvIndexScan *scan, KvIndex *index, const Datum *keys)
+{
 	ScanKeyData conditions[KV_INDEX_SCAN_MAX_KEYS];
 
-	Assert(nkeys <= KV_INDEX_SCAN_MAX_KEYS);
-	scan->table = table_open(relation_in_schema(table, schema), AccessShareLock);
-	scan->index = index_open(relation_in_schema(index, schema), AccessShareLock);
-	for (int i = 0; i < nkeys; i++)
+	know_index(index);
+	scan->table = table_open(index->table_oid, index->lockmode ? index->lockmode : AccessShareLock);
+	scan->index = index_open(index->oid, AccessShareLock);
+	for (int i = 0; i < index->nkeys; i++)
 		ScanKeyEntryInitialize(&conditions[i], 0, i + 1, BTEqualStrategyNumber, InvalidOid,
 							   scan->index->rd_indcollation[i],
-							   equality_of(keytypes[i]), keys[i]);
+							   equality_of(index->keytypes[i]), keys[i]);
 	scan->slot = table_slot_create(scan->table, NULL);
-	scan->descriptor = KvIndexBeginScan(scan->table, scan->index, GetActiveSnapshot(), nkeys);
-	index_rescan(scan->descriptor, conditions, nkeys, NULL, 0);
+	scan->descriptor = KvIndexBeginScan(scan->table, scan->index, GetActiveSnapshot(), index->nkeys);
+	index_rescan(scan->descriptor, conditions, index->nkeys, NULL, 0);
 }
 
 /* Step to the next row; false when there is none. */
@@ -93,6 +128,6 @@ kv_index_scan_end(KvIndexScan *scan)
 {
 	index_endscan(scan->descriptor);
 	ExecDropSingleTupleTableSlot(scan->slot);
-	index_close(scan->index, AccessShareLock);
-	table_close(scan->table, AccessShareLock);
+	index_close(scan->index, NoLock);
+	table_close(scan->table, NoLock);
 }

@@ -1,6 +1,6 @@
 /*-------------------------------------------------------------------------
  * index_scan.h
- *		Rows of keyvault's tables by a text index, without SQL.
+ *		Rows of keyvault's tables by an index, without SQL.
  *-------------------------------------------------------------------------
  */
 #ifndef KV_INDEX_SCAN_H
@@ -15,6 +15,19 @@
 
 #define KV_INDEX_SCAN_MAX_KEYS 3
 
+/* An index of keyvault's, looked up by its leading columns. Declare it static, with table_oid and what follows left out. */
+typedef struct KvIndex
+{
+	const char *table;
+	const char *name;
+	int			nkeys;
+	Oid			keytypes[KV_INDEX_SCAN_MAX_KEYS];	/* text, uuid, bytea or int2 */
+	LOCKMODE	lockmode;		/* of the table; 0: AccessShareLock */
+	Oid			table_oid;
+	Oid			oid;
+	uint64		known_at;		/* oids hold until the catalogue changes */
+} KvIndex;
+
 typedef struct KvIndexScan
 {
 	Relation	table;
@@ -23,8 +36,8 @@ typedef struct KvIndexScan
 	TupleTableSlot *slot;
 } KvIndexScan;
 
-extern void kv_index_scan_begin(KvIndexScan *scan, const char *table, const char *index,
-								int nkeys, const Datum *keys, const Oid *keytypes);
+extern void kv_index_scan_init(void);
+extern void kv_index_scan_begin(KvIndexScan *scan, KvIndex *index, const Datum *keys);
 extern bool kv_index_scan_next(KvIndexScan *scan, ScanDirection direction);
 extern Datum kv_index_scan_value(KvIndexScan *scan, int attribute, bool *isnull);
 extern void kv_index_scan_end(KvIndexScan *scan);

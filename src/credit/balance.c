@@ -213,16 +213,18 @@ is_being_changed(TupleTableSlot *row)
 		!TransactionIdIsCurrentTransactionId(HeapTupleHeaderGetUpdateXid(header));
 }
 
+static KvIndex slots_of_user = {"credit_balances", "credit_balances_pkey", 1, {TEXTOID}, RowExclusiveLock};
+static KvIndex slot_of_user = {"credit_balances", "credit_balances_pkey", 2, {TEXTOID, INT2OID}, RowExclusiveLock};
+
 /* Debit one further slot, which nobody is changing. */
 static KvBalanceResult
 debit_slot(const char *user_id, int slot, Numeric amount)
 {
 	Datum		keys[2] = {CStringGetTextDatum(user_id), Int16GetDatum(slot)};
-	Oid			types[2] = {TEXTOID, INT2OID};
 	KvIndexScan scan;
 	KvBalanceResult result = KV_BALANCE_UNDECIDED;
 
-	kv_index_scan_begin(&scan, "credit_balances", "credit_balances_pkey", 2, keys, types);
+	kv_index_scan_begin(&scan, &slot_of_user, keys);
 	if (kv_index_scan_next(&scan, ForwardScanDirection) && !is_being_changed(scan.slot))
 		result = debit_row(scan.table, scan.slot, false, amount);
 	kv_index_scan_end(&scan);
@@ -234,12 +236,11 @@ static KvBalanceResult
 debit_first_slot(const char *user_id, bool wait, Numeric amount)
 {
 	Datum		key = CStringGetTextDatum(user_id);
-	Oid			type = TEXTOID;
 	KvIndexScan scan;
 	KvBalanceResult result = KV_BALANCE_UNDECIDED;
 	bool		isnull;
 
-	kv_index_scan_begin(&scan, "credit_balances", "credit_balances_pkey", 1, &key, &type);
+	kv_index_scan_begin(&scan, &slots_of_user, &key);
 	while (result == KV_BALANCE_UNDECIDED && kv_index_scan_next(&scan, ForwardScanDirection))
 		if (DatumGetInt16(slot_getattr(scan.slot, BALANCE_SLOT, &isnull)) > 0 && (wait || !is_being_changed(scan.slot)))
 			result = debit_row(scan.table, scan.slot, false, amount);
@@ -266,14 +267,12 @@ kv_balance_debit(const char *user_id, int64 micro_credits)
 {
 	Numeric		amount = kv_amount_of_micro(micro_credits);
 	Datum		key = CStringGetTextDatum(user_id);
-	Oid			type = TEXTOID;
 	KvIndexScan scan;
 	KvBalanceResult result = KV_BALANCE_UNDECIDED;
 	bool		is_split = false;
 
 	kv_owner_fresh_snapshot_begin();
-	kv_index_scan_begin(&scan, "credit_balances", "credit_balances_pkey", 1, &key, &type);
-	LockRelationOid(RelationGetRelid(scan.table), RowExclusiveLock);
+	kv_index_scan_begin(&scan, &slots_of_user, &key);
 	/* The table of version 0.1.0 lacks columns: keyvault._debit_slow() does for it what an UPDATE can. */
 	if (RelationGetDescr(scan.table)->natts >= BALANCE_CREDITS_LENT && !is_more_than_a_write(scan.table) &&
 		kv_index_scan_next(&scan, ForwardScanDirection))

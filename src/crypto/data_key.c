@@ -46,13 +46,13 @@ raise_unreadable(const KvDataKey *data_key)
 static KvDataKey *
 read_data_key(const char *user_id, uint32 version, bool *opens)
 {
+	static KvIndex versions = {"data_keys", "data_keys_pkey", 1, {TEXTOID}};
 	KvIndexScan scan;
 	Datum		key = CStringGetTextDatum(user_id);
-	Oid			type = TEXTOID;
 	KvDataKey  *data_key = NULL;
 	bool		isnull;
 
-	kv_index_scan_begin(&scan, "data_keys", "data_keys_pkey", 1, &key, &type);
+	kv_index_scan_begin(&scan, &versions, &key);
 	while (kv_index_scan_next(&scan, BackwardScanDirection))
 	{
 		uint32		found = DatumGetInt32(kv_index_scan_value(&scan, DATA_KEYS_VERSION, &isnull));

@@ -38,13 +38,13 @@ raise_inactive(const char *user_id, const char *status)
 void
 kv_user_require_active(const char *user_id)
 {
+	static KvIndex users = {"users", "users_pkey", 1, {TEXTOID}};
 	KvIndexScan scan;
 	Datum		key = CStringGetTextDatum(user_id);
-	Oid			type = TEXTOID;
 	char	   *status = NULL;
 	bool		isnull;
 
-	kv_index_scan_begin(&scan, "users", "users_pkey", 1, &key, &type);
+	kv_index_scan_begin(&scan, &users, &key);
 	if (kv_index_scan_next(&scan, ForwardScanDirection))
 		status = TextDatumGetCString(kv_index_scan_value(&scan, USERS_STATUS, &isnull));
 	kv_index_scan_end(&scan);

@@ -47,12 +47,12 @@ raise_unknown_provider(void)
 void
 kv_api_key_require_provider(const char *provider)
 {
+	static KvIndex providers = {"providers", "providers_pkey", 1, {TEXTOID}};
 	KvIndexScan scan;
 	Datum		key = CStringGetTextDatum(provider);
-	Oid			type = TEXTOID;
 	bool		known;
 
-	kv_index_scan_begin(&scan, "providers", "providers_pkey", 1, &key, &type);
+	kv_index_scan_begin(&scan, &providers, &key);
 	known = kv_index_scan_next(&scan, ForwardScanDirection);
 	kv_index_scan_end(&scan);
 	if (!known)

@@ -45,6 +45,10 @@ enum
 	API_KEYS_EXPIRES_AT,
 };
 
+static KvIndex by_id = {"api_keys", "api_keys_pkey", 2, {TEXTOID, UUIDOID}};
+static KvIndex by_name = {"api_keys", "api_keys_user_id_provider_name_key", 3, {TEXTOID, TEXTOID, TEXTOID}};
+static KvIndex by_user = {"api_keys", "api_keys_user_id_provider_name_key", 1, {TEXTOID}};
+
 static bool
 is_expired(KvIndexScan *scan)
 {
@@ -106,11 +110,10 @@ kv_key_lookup_by_id(const char *user_id, const pg_uuid_t *id, bool *names_refere
 {
 	KvIndexScan scan;
 	Datum		keys[2] = {CStringGetTextDatum(user_id), UUIDPGetDatum(id)};
-	Oid			types[2] = {TEXTOID, UUIDOID};
 	char	   *secret = NULL;
 
 	*names_reference = false;
-	kv_index_scan_begin(&scan, "api_keys", "api_keys_pkey", 2, keys, types);
+	kv_index_scan_begin(&scan, &by_id, keys);
 	if (kv_index_scan_next(&scan, ForwardScanDirection) && !is_expired(&scan))
 	{
 		bool		isnull;
@@ -152,7 +155,6 @@ keyvault_user_api_key(PG_FUNCTION_ARGS)
 	char	   *provider = kv_argument_text(fcinfo, 0, "provider");
 	char	   *user_id = kv_identity_resolve(fcinfo, 1);
 	Datum		keys[3] = {CStringGetTextDatum(user_id), PG_GETARG_DATUM(0), PG_GETARG_DATUM(2)};
-	Oid			types[3] = {TEXTOID, TEXTOID, TEXTOID};
 	KvIndexScan scan;
 	char	   *secret = NULL;
 	bool		found;
@@ -167,7 +169,7 @@ keyvault_user_api_key(PG_FUNCTION_ARGS)
 			kv_api_key_require_provider(provider);
 		return secret_result(fcinfo, secret);
 	}
-	kv_index_scan_begin(&scan, "api_keys", "api_keys_user_id_provider_name_key", 3, keys, types);
+	kv_index_scan_begin(&scan, &by_name, keys);
 	found = kv_index_scan_next(&scan, ForwardScanDirection);
 	if (found && !is_expired(&scan))
 	{
@@ -210,7 +212,6 @@ keyvault_user_api_keys(PG_FUNCTION_ARGS)
 {
 	char	   *user_id = kv_identity_resolve(fcinfo, 0);
 	Datum		key = CStringGetTextDatum(user_id);
-	Oid			type = TEXTOID;
 	KvIndexScan scan;
 	JsonbParseState *state = NULL;
 	bool		isnull;
@@ -223,7 +224,7 @@ keyvault_user_api_keys(PG_FUNCTION_ARGS)
 		push_env_file_keys(&state);
 		PG_RETURN_JSONB_P(JsonbValueToJsonb(pushJsonbValue(&state, WJB_END_OBJECT, NULL)));
 	}
-	kv_index_scan_begin(&scan, "api_keys", "api_keys_user_id_provider_name_key", 1, &key, &type);
+	kv_index_scan_begin(&scan, &by_user, &key);
 	while (kv_index_scan_next(&scan, ForwardScanDirection))
 	{
 		char	   *name = TextDatumGetCString(kv_index_scan_value(&scan, API_KEYS_NAME, &isnull));
