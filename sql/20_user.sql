@@ -14,7 +14,8 @@ CREATE TABLE keyvault.plans (
     unknown_model_usd_per_mtok numeric(18,9) NOT NULL DEFAULT 20
                     CHECK (unknown_model_usd_per_mtok > 0 AND unknown_model_usd_per_mtok < 'Infinity'),
     notice_percents integer[] NOT NULL DEFAULT '{50,80,100}' CHECK (1 <= ALL (notice_percents) AND 100 >= ALL (notice_percents)),
-    unknown_outcome text NOT NULL DEFAULT 'release' CHECK (unknown_outcome IN ('release', 'charge'))
+    unknown_outcome text NOT NULL DEFAULT 'release' CHECK (unknown_outcome IN ('release', 'charge')),
+    credits_changed_at timestamptz DEFAULT now()
 );
 COMMENT ON TABLE keyvault.plans IS 'What a user may spend in a month, and what provider cost is worth in credits.';
 COMMENT ON COLUMN keyvault.plans.monthly_credits IS 'Credits per period; NULL is unlimited. A change reaches each user at the next period or set_plan.';
@@ -31,12 +32,13 @@ COMMENT ON COLUMN keyvault.plans.notice_percents IS 'Parts of a period''s credit
 COMMENT ON COLUMN keyvault.plans.unknown_outcome IS
     'What a provider call costs whose answer was lost, a day after, when nobody reconciled it: release, nothing; charge, its estimate.';
 COMMENT ON COLUMN keyvault.plans.own_key_rate IS 'Part of those credits debited when the call used the user''s own key; 0 is free.';
+COMMENT ON COLUMN keyvault.plans.credits_changed_at IS 'When monthly_credits last changed: periods that began before it may have others. NULL: as shipped.';
 COMMENT ON COLUMN keyvault.plans.seeded IS 'Shipped with the extension and not changed since.';
 
-INSERT INTO keyvault.plans (plan, monthly_credits, price_usd, seeded) VALUES
-    ('free', 1000, 0, true),
-    ('pro', 50000, 20, true),
-    ('enterprise', NULL, NULL, true);
+INSERT INTO keyvault.plans (plan, monthly_credits, price_usd, seeded, credits_changed_at) VALUES
+    ('free', 1000, 0, true, NULL),
+    ('pro', 50000, 20, true, NULL),
+    ('enterprise', NULL, NULL, true, NULL);
 
 CREATE TRIGGER keep_customized BEFORE INSERT OR UPDATE ON keyvault.plans
     FOR EACH ROW EXECUTE FUNCTION keyvault._keep_customized('{plan}');
@@ -47,6 +49,9 @@ CREATE FUNCTION keyvault._keep_used_plan() RETURNS trigger
     SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
+    IF TG_OP = 'UPDATE' AND NEW.monthly_credits IS DISTINCT FROM OLD.monthly_credits THEN
+        NEW.credits_changed_at := now();
+    END IF;
     -- A seed that gives way to an inserted row of the same name is replaced, not deleted.
     IF pg_trigger_depth() > 1 OR (TG_OP = 'UPDATE' AND NEW.plan = OLD.plan) THEN
         RETURN coalesce(NEW, OLD);
@@ -58,7 +63,7 @@ BEGIN
     END IF;
     RETURN coalesce(NEW, OLD);
 END $$;
-COMMENT ON FUNCTION keyvault._keep_used_plan() IS 'Trigger of plans: refuses with 2BP01 to delete or rename one that users are on.';
+COMMENT ON FUNCTION keyvault._keep_used_plan() IS 'Trigger of plans: refuses with 2BP01 to delete or rename one that users are on, and sets credits_changed_at.';
 CREATE TRIGGER keep_used_plan BEFORE UPDATE OR DELETE ON keyvault.plans
     FOR EACH ROW EXECUTE FUNCTION keyvault._keep_used_plan();
 

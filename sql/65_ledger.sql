@@ -40,10 +40,10 @@ CREATE FUNCTION keyvault._ledger() RETURNS TABLE (user_id text, what text, expec
     LANGUAGE sql STABLE
 BEGIN ATOMIC
     WITH usage AS (
-        SELECT r.user_id, sum(r.credits) AS credits
-          FROM (SELECT u.user_id, sum(u.credits) AS credits FROM keyvault.usage_records u GROUP BY u.user_id
+        SELECT r.user_id, sum(r.credits) AS credits, sum(r.recorded) AS recorded
+          FROM (SELECT u.user_id, sum(u.credits) AS credits, sum(u.credits) AS recorded FROM keyvault.usage_records u GROUP BY u.user_id
                  UNION ALL
-                SELECT a.user_id, a.credits FROM keyvault.usage_archived a) r
+                SELECT a.user_id, a.credits, 0 FROM keyvault.usage_archived a) r
          GROUP BY r.user_id
     ), balance AS (
         SELECT b.user_id, sum(b.credits_used) AS credits_used, sum(b.credits_held) AS credits_held,
@@ -51,6 +51,8 @@ BEGIN ATOMIC
                sum(b.extra_spent) FILTER (WHERE b.slot = 0) AS extra_spent,
                sum(b.monthly_credits) FILTER (WHERE b.slot = 0) AS monthly_credits,
                sum(b.credits_lent) FILTER (WHERE b.slot = 0) AS credits_lent,
+               sum(b.credits_covered) FILTER (WHERE b.slot = 0) AS credits_covered,
+               max(b.period_start) FILTER (WHERE b.slot = 0) AS period_start,
                sum(b.monthly_credits) FILTER (WHERE b.slot > 0) AS slots_credits
           FROM keyvault.credit_balances b GROUP BY b.user_id
     ), period AS (
@@ -59,22 +61,30 @@ BEGIN ATOMIC
     ), grants AS (
         SELECT g.user_id, sum(g.remaining) AS remaining, sum(g.amount - g.remaining - g.expired) AS spent
           FROM keyvault.credit_grants g GROUP BY g.user_id
+    ), added_up AS (
+        SELECT d.user_id, sum(d.credits) AS credits
+          FROM (SELECT v.user_id, v.credits FROM keyvault._usage v UNION ALL SELECT t.user_id, - t.credits FROM keyvault.usage_retired t) d
+         GROUP BY d.user_id
     ), hold AS (
         SELECT h.user_id, sum(h.amount) AS amount FROM keyvault.credit_holds h GROUP BY h.user_id
     ), all_users AS (
-        SELECT coalesce(u.user_id, b.user_id, g.user_id, h.user_id, p.user_id) AS user_id,
+        SELECT coalesce(u.user_id, b.user_id, g.user_id, h.user_id, p.user_id, d.user_id) AS user_id,
                coalesce(u.credits, 0) AS usage, coalesce(p.credits_used, 0) + coalesce(b.credits_used, 0) AS credits_used,
                coalesce(h.amount, 0) AS holds, coalesce(b.credits_held, 0) AS credits_held,
                coalesce(g.remaining, 0) + coalesce(b.extra_spent, 0) AS extra, coalesce(b.extra_credits, 0) AS extra_credits,
                coalesce(g.spent, 0) AS grants_spent, coalesce(p.extra_spent, 0) + coalesce(b.extra_spent, 0) AS extra_spent,
                CASE WHEN pl.overage = 'block' THEN b.monthly_credits + b.extra_credits END AS credits_limit,
                b.credits_used AS current_used, CASE WHEN b.monthly_credits IS NOT NULL THEN b.credits_lent END AS lent,
-               b.slots_credits
+               b.slots_credits, coalesce(u.recorded, 0) AS recorded, coalesce(d.credits, 0) AS added_up, b.monthly_credits,
+               -- A plan's change reaches a user at the next period.
+               CASE WHEN pl.plan IS NOT NULL AND b.period_start >= coalesce(pl.credits_changed_at, '-infinity')
+                    THEN coalesce(us.monthly_credits, pl.monthly_credits) + b.credits_covered ELSE b.monthly_credits END AS agreed
           FROM usage u
           FULL JOIN balance b ON b.user_id = u.user_id
           FULL JOIN grants g ON g.user_id = coalesce(u.user_id, b.user_id)
           FULL JOIN hold h ON h.user_id = coalesce(u.user_id, b.user_id, g.user_id)
           FULL JOIN period p ON p.user_id = coalesce(u.user_id, b.user_id, g.user_id, h.user_id)
+          FULL JOIN added_up d ON d.user_id = coalesce(u.user_id, b.user_id, g.user_id, h.user_id, p.user_id)
           LEFT JOIN keyvault.users us ON us.user_id = b.user_id
           LEFT JOIN keyvault.plans pl ON pl.plan = us.plan
     )
@@ -86,6 +96,8 @@ BEGIN ATOMIC
            ('extra_credits', a.extra, a.extra_credits),
            ('extra_spent', a.grants_spent, a.extra_spent),
            ('credits_limit', a.current_used, CASE WHEN a.current_used > a.credits_limit THEN a.credits_limit ELSE a.current_used END),
+           ('monthly_credits', a.agreed, a.monthly_credits),
+           ('usage_daily', a.recorded, a.added_up),
            ('credits_lent', coalesce(a.slots_credits, a.lent), a.lent)) c(what, expected, found)
      WHERE c.expected IS DISTINCT FROM c.found
      UNION ALL

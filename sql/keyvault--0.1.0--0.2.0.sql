@@ -24,6 +24,33 @@ ALTER TABLE keyvault.plans ADD COLUMN unknown_model text NOT NULL DEFAULT 'charg
 ALTER TABLE keyvault.plans ADD COLUMN unknown_model_usd_per_mtok numeric(18,9) NOT NULL DEFAULT 20 CHECK (unknown_model_usd_per_mtok > 0 AND unknown_model_usd_per_mtok < 'Infinity');
 ALTER TABLE keyvault.plans ADD COLUMN notice_percents integer[] NOT NULL DEFAULT '{50,80,100}' CHECK (1 <= ALL (notice_percents) AND 100 >= ALL (notice_percents));
 ALTER TABLE keyvault.plans ADD COLUMN unknown_outcome text NOT NULL DEFAULT 'release' CHECK (unknown_outcome IN ('release', 'charge'));
+ALTER TABLE keyvault.plans ADD COLUMN credits_changed_at timestamptz;
+ALTER TABLE keyvault.plans ALTER COLUMN credits_changed_at SET DEFAULT now();
+UPDATE keyvault.plans SET credits_changed_at = now() WHERE NOT seeded;
+
+COMMENT ON COLUMN keyvault.plans.credits_changed_at IS 'When monthly_credits last changed: periods that began before it may have others. NULL: as shipped.';
+
+CREATE OR REPLACE FUNCTION keyvault._keep_used_plan() RETURNS trigger
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    IF TG_OP = 'UPDATE' AND NEW.monthly_credits IS DISTINCT FROM OLD.monthly_credits THEN
+        NEW.credits_changed_at := now();
+    END IF;
+    -- A seed that gives way to an inserted row of the same name is replaced, not deleted.
+    IF pg_trigger_depth() > 1 OR (TG_OP = 'UPDATE' AND NEW.plan = OLD.plan) THEN
+        RETURN coalesce(NEW, OLD);
+    END IF;
+    IF OLD.plan = 'free' OR EXISTS (SELECT FROM keyvault.users u WHERE u.plan = OLD.plan) THEN
+        RAISE EXCEPTION 'plan "%" is in use', OLD.plan
+            USING ERRCODE = 'dependent_objects_still_exist',
+                  HINT = 'Move its users with keyvault.set_plan() first; plan free is every new user''s.';
+    END IF;
+    RETURN coalesce(NEW, OLD);
+END $$;
+
+COMMENT ON FUNCTION keyvault._keep_used_plan() IS 'Trigger of plans: refuses with 2BP01 to delete or rename one that users are on, and sets credits_changed_at.';
 
 COMMENT ON COLUMN keyvault.plans.credits_per_usd IS
     'Credits per USD: a use is debited (provider cost + infrastructure_usd) * (1 + margin) * credits_per_usd.';
@@ -3875,10 +3902,10 @@ CREATE FUNCTION keyvault._ledger() RETURNS TABLE (user_id text, what text, expec
     LANGUAGE sql STABLE
 BEGIN ATOMIC
     WITH usage AS (
-        SELECT r.user_id, sum(r.credits) AS credits
-          FROM (SELECT u.user_id, sum(u.credits) AS credits FROM keyvault.usage_records u GROUP BY u.user_id
+        SELECT r.user_id, sum(r.credits) AS credits, sum(r.recorded) AS recorded
+          FROM (SELECT u.user_id, sum(u.credits) AS credits, sum(u.credits) AS recorded FROM keyvault.usage_records u GROUP BY u.user_id
                  UNION ALL
-                SELECT a.user_id, a.credits FROM keyvault.usage_archived a) r
+                SELECT a.user_id, a.credits, 0 FROM keyvault.usage_archived a) r
          GROUP BY r.user_id
     ), balance AS (
         SELECT b.user_id, sum(b.credits_used) AS credits_used, sum(b.credits_held) AS credits_held,
@@ -3886,6 +3913,8 @@ BEGIN ATOMIC
                sum(b.extra_spent) FILTER (WHERE b.slot = 0) AS extra_spent,
                sum(b.monthly_credits) FILTER (WHERE b.slot = 0) AS monthly_credits,
                sum(b.credits_lent) FILTER (WHERE b.slot = 0) AS credits_lent,
+               sum(b.credits_covered) FILTER (WHERE b.slot = 0) AS credits_covered,
+               max(b.period_start) FILTER (WHERE b.slot = 0) AS period_start,
                sum(b.monthly_credits) FILTER (WHERE b.slot > 0) AS slots_credits
           FROM keyvault.credit_balances b GROUP BY b.user_id
     ), period AS (
@@ -3894,22 +3923,30 @@ BEGIN ATOMIC
     ), grants AS (
         SELECT g.user_id, sum(g.remaining) AS remaining, sum(g.amount - g.remaining - g.expired) AS spent
           FROM keyvault.credit_grants g GROUP BY g.user_id
+    ), added_up AS (
+        SELECT d.user_id, sum(d.credits) AS credits
+          FROM (SELECT v.user_id, v.credits FROM keyvault._usage v UNION ALL SELECT t.user_id, - t.credits FROM keyvault.usage_retired t) d
+         GROUP BY d.user_id
     ), hold AS (
         SELECT h.user_id, sum(h.amount) AS amount FROM keyvault.credit_holds h GROUP BY h.user_id
     ), all_users AS (
-        SELECT coalesce(u.user_id, b.user_id, g.user_id, h.user_id, p.user_id) AS user_id,
+        SELECT coalesce(u.user_id, b.user_id, g.user_id, h.user_id, p.user_id, d.user_id) AS user_id,
                coalesce(u.credits, 0) AS usage, coalesce(p.credits_used, 0) + coalesce(b.credits_used, 0) AS credits_used,
                coalesce(h.amount, 0) AS holds, coalesce(b.credits_held, 0) AS credits_held,
                coalesce(g.remaining, 0) + coalesce(b.extra_spent, 0) AS extra, coalesce(b.extra_credits, 0) AS extra_credits,
                coalesce(g.spent, 0) AS grants_spent, coalesce(p.extra_spent, 0) + coalesce(b.extra_spent, 0) AS extra_spent,
                CASE WHEN pl.overage = 'block' THEN b.monthly_credits + b.extra_credits END AS credits_limit,
                b.credits_used AS current_used, CASE WHEN b.monthly_credits IS NOT NULL THEN b.credits_lent END AS lent,
-               b.slots_credits
+               b.slots_credits, coalesce(u.recorded, 0) AS recorded, coalesce(d.credits, 0) AS added_up, b.monthly_credits,
+               -- A plan's change reaches a user at the next period.
+               CASE WHEN pl.plan IS NOT NULL AND b.period_start >= coalesce(pl.credits_changed_at, '-infinity')
+                    THEN coalesce(us.monthly_credits, pl.monthly_credits) + b.credits_covered ELSE b.monthly_credits END AS agreed
           FROM usage u
           FULL JOIN balance b ON b.user_id = u.user_id
           FULL JOIN grants g ON g.user_id = coalesce(u.user_id, b.user_id)
           FULL JOIN hold h ON h.user_id = coalesce(u.user_id, b.user_id, g.user_id)
           FULL JOIN period p ON p.user_id = coalesce(u.user_id, b.user_id, g.user_id, h.user_id)
+          FULL JOIN added_up d ON d.user_id = coalesce(u.user_id, b.user_id, g.user_id, h.user_id, p.user_id)
           LEFT JOIN keyvault.users us ON us.user_id = b.user_id
           LEFT JOIN keyvault.plans pl ON pl.plan = us.plan
     )
@@ -3921,6 +3958,8 @@ BEGIN ATOMIC
            ('extra_credits', a.extra, a.extra_credits),
            ('extra_spent', a.grants_spent, a.extra_spent),
            ('credits_limit', a.current_used, CASE WHEN a.current_used > a.credits_limit THEN a.credits_limit ELSE a.current_used END),
+           ('monthly_credits', a.agreed, a.monthly_credits),
+           ('usage_daily', a.recorded, a.added_up),
            ('credits_lent', coalesce(a.slots_credits, a.lent), a.lent)) c(what, expected, found)
      WHERE c.expected IS DISTINCT FROM c.found
      UNION ALL

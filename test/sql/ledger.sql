@@ -214,3 +214,25 @@ ROLLBACK TO a;
 SELECT keyvault.grant_credits('le_m', 10, 'bought', price_usd => 'NaN');
 ROLLBACK;
 SELECT a.access, a.privilege LIKE '%revenue\_by\_user%' AS may FROM (SELECT access, string_agg(s, ' ') AS privilege FROM unnest('{app, user, analyst, admin}'::text[]) access, keyvault._access_statements(access) s GROUP BY 1) a ORDER BY 1;
+
+-- Proof: credits that nobody agreed to, and sums that are not those of the records; a plan that changed within the period is none.
+BEGIN;
+SELECT keyvault.upsert_user('le_t') IS NOT NULL AS made;
+INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('le_t', 12);
+SELECT count(*) FROM keyvault.verify_ledger() WHERE user_id LIKE 'le\_%';
+SAVEPOINT a;
+UPDATE keyvault.credit_balances SET monthly_credits = 5000 WHERE user_id = 'le_t';
+INSERT INTO keyvault.usage_daily (user_id, day, provider, model, type, payer, calls, tokens, credits, credits_overrun, cost_usd) VALUES ('le_t', '2020-01-01', '', '', 'x', 'user', 1, 0, 3, 0, 0);
+SELECT user_id, what, expected::float, found::float FROM keyvault.verify_ledger() WHERE user_id LIKE 'le\_%' ORDER BY 2;
+ROLLBACK TO a;
+UPDATE keyvault.credit_balances SET monthly_credits = NULL WHERE user_id = 'le_t';
+SELECT user_id, what, expected::float, found::float FROM keyvault.verify_ledger() WHERE user_id LIKE 'le\_%' ORDER BY 2;
+ROLLBACK TO a;
+UPDATE keyvault.plans SET monthly_credits = 1200 WHERE plan = 'free';
+SELECT count(*) FROM keyvault.verify_ledger() WHERE user_id LIKE 'le\_%';
+-- from the next period on it counts
+UPDATE keyvault.plans SET credits_changed_at = '2020-01-01' WHERE plan = 'free';
+SELECT what, expected::float, found::float FROM keyvault.verify_ledger() WHERE user_id = 'le_t';
+SELECT keyvault.set_plan('le_t', 'free');
+SELECT what FROM keyvault.verify_ledger() WHERE user_id = 'le_t';
+ROLLBACK;
