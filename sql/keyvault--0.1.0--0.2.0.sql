@@ -4465,9 +4465,13 @@ BEGIN
     IF access = 'admin' THEN
         -- Where a provider is, and how it is given the key, is the superuser's: whoever sets that reads the keys.
         RETURN NEXT 'INSERT, UPDATE, DELETE ON keyvault.plans, keyvault.model_prices, keyvault.plan_prices';
-        RETURN NEXT 'UPDATE (key_pattern, platform_paths, usd_per_request) ON keyvault.providers';
+        -- So is key_pattern: who sets it learns from what it refuses what others' keys look like.
+        RETURN NEXT 'UPDATE (platform_paths, usd_per_request) ON keyvault.providers';
     END IF;
 END $$;
+
+COMMENT ON FUNCTION keyvault.grant_access(regrole, text) IS
+    'Gives a role an access: app (trusted application, acts for any user), user (acts as the user it proved to be), analyst (everyone''s usage, no keys), admin (plans, prices, users, platform keys, what a provider costs, and which paths the platform pays for, metadata of keys; never plaintext). A superuser calls it. Errors: 22023, 42501.';
 
 CREATE FUNCTION keyvault.refresh_access() RETURNS TABLE (role regrole, access text)
     LANGUAGE plpgsql
@@ -4479,10 +4483,12 @@ BEGIN
                            AND a.grantee NOT IN (0, p.proowner)
                          ORDER BY 1, 2 LOOP
         PERFORM keyvault.grant_access(role, access);
+        -- What 0.1.0 gave and no access has any more.
+        EXECUTE format('REVOKE UPDATE (key_pattern) ON keyvault.providers FROM %s', role);
         RETURN NEXT;
     END LOOP;
 END $$;
 REVOKE ALL ON FUNCTION keyvault.refresh_access() FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault.refresh_access() IS
-    'Gives every role the accesses that it has once more, and returns them: after ALTER EXTENSION keyvault UPDATE, which grants nothing, so that they cover what the update brought. A superuser calls it. Error: 42501.';
+    'Gives every role the accesses that it has once more, and returns them: after ALTER EXTENSION keyvault UPDATE, which grants nothing, so that they cover what the update brought, and takes what an access no longer has. A superuser calls it. Error: 42501.';

@@ -74,6 +74,9 @@ SELECT keyvault.delete_platform_key('exxa');
 SELECT keyvault.delete_platform_key(NULL);
 SELECT user_id, provider, hint FROM keyvault.api_key_status WHERE user_id LIKE 'ac\_%' ORDER BY 1;
 UPDATE keyvault.plans SET price_usd = 19 WHERE plan = 'pro';
+UPDATE keyvault.providers SET platform_paths = platform_paths, usd_per_request = usd_per_request WHERE provider = 'exa';
+-- Which keys match a pattern tells what they look like.
+UPDATE keyvault.providers SET key_pattern = '^regress-s3' WHERE provider = 'exa';
 SELECT keyvault.user_api_key('openai', 'ac_one');
 SELECT keyvault.act_as('ac_one');
 RESET ROLE;
