@@ -40,4 +40,16 @@ $node->safe_psql('postgres', 'DROP TRIGGER refuse ON keyvault.responses');
 my $last = queue_request($node, 'a', 'as ever');
 ends_as($node, $last, 'done', 'the worker goes on');
 balances_are_sums($node, 'balances are sums');
+
+# Answers are kept for an hour, say: an unknown outcome is kept for its day all the same, to be reconciled.
+set_config($node, 'keyvault.response_retention', 3600);
+$node->safe_psql('postgres', <<"SQL");
+UPDATE keyvault.requests SET id = '018e0000-0000-7000-8000-000000000001', finished_at = now() - interval '2 hours' WHERE id = '$unstored';
+UPDATE keyvault.requests SET id = '018e0000-0000-7000-8000-000000000002', finished_at = now() - interval '2 hours' WHERE id = '$failing';
+SELECT keyvault._purge(100);
+SQL
+is($node->safe_psql('postgres', "SELECT status FROM keyvault.requests WHERE id < '018e0000-0000-7000-8000-00000000000f'"), 'unknown',
+	'what ended is purged, what is unknown waits to be reconciled');
+is($node->safe_psql('postgres', "SELECT keyvault.reconcile_request(id, 'release') FROM keyvault.unknown_requests() WHERE user_id = 'a'"), 't', 'it can be');
+balances_are_sums($node, 'balances are sums again');
 done_testing();
