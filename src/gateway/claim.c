@@ -142,8 +142,11 @@ static void
 try_open_key(KvCall *call, HeapTuple row)
 {
 	KeyOfCall	key = {call, row};
+	SPITupleTable *claimed = SPI_tuptable;
 	ErrorData  *error = kv_subtransaction_run(open_key_of, &key);
 
+	/* Looking at a sealed key's shape is a statement, too. */
+	SPI_tuptable = claimed;
 	if (error)
 	{
 		call->problem = psprintf("%s: %s", unpack_sql_state(error->sqlerrcode), error->message);
@@ -237,6 +240,8 @@ claim_round(List *calls, int capacity, int per_user, const char *after_user, Mem
 		if (round == 1 && *after_user == '\0')
 			break;
 		n = kv_statement_execute(&claim, values, NULL);
+		/* The key of a request is at least as new as the request. */
+		kv_owner_fresh_snapshot_begin();
 		for (uint64 i = 0; i < n; i++)
 		{
 			MemoryContext old = MemoryContextSwitchTo(context);
@@ -244,6 +249,7 @@ claim_round(List *calls, int capacity, int per_user, const char *after_user, Mem
 			calls = lappend(calls, make_call(SPI_tuptable->vals[i]));
 			MemoryContextSwitchTo(old);
 		}
+		kv_owner_fresh_snapshot_end();
 	}
 	return calls;
 }
