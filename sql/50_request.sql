@@ -24,6 +24,7 @@ CREATE TABLE keyvault.requests (
     error       text,
     metadata    jsonb NOT NULL DEFAULT '{}',
     body        jsonb NOT NULL,
+    key_rotated_at timestamptz,
     PRIMARY KEY (user_id, id),
     CONSTRAINT requests_idempotency_key UNIQUE (user_id, idempotency_key)
 );
@@ -33,6 +34,7 @@ COMMENT ON TABLE keyvault.requests IS 'Provider calls: the queue, and what becam
 COMMENT ON COLUMN keyvault.requests.status IS 'queued, sent, done, failed, unknown or canceled.';
 COMMENT ON COLUMN keyvault.requests.payer IS 'user or platform.';
 COMMENT ON COLUMN keyvault.requests.call_key IS 'A key for this call alone, sealed under a key that only this run of the server knows; gone when the request has ended.';
+COMMENT ON COLUMN keyvault.requests.key_rotated_at IS 'The key''s rotated_at when the call was sent: its answer tells nothing about a key that has come in its place since.';
 COMMENT ON COLUMN keyvault.requests.attempts IS 'How often the call was handed to the network; a late answer of an earlier attempt is not accepted.';
 COMMENT ON COLUMN keyvault.requests.estimated_usd IS 'Upper estimate of the cost, held in credits; charged when an answer states no usage.';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.requests', '');
@@ -262,7 +264,9 @@ BEGIN
          LIMIT capacity
     )
     UPDATE keyvault.requests r
-       SET status = 'sent', attempts = r.attempts + 1, sent_at = clock_timestamp()
+       SET status = 'sent', attempts = r.attempts + 1, sent_at = clock_timestamp(),
+           key_rotated_at = (SELECT k.rotated_at FROM keyvault.api_keys k
+                              WHERE k.user_id = CASE r.payer WHEN 'user' THEN r.user_id ELSE '' END AND k.id = r.api_key_id)
       FROM claimed c LEFT JOIN keyvault.providers p ON p.provider = c.provider
      WHERE r.user_id = c.user_id AND r.id = c.id
     RETURNING r.user_id, r.id, r.attempts, r.provider, p.dialect, p.base_url, r.path, p.auth_header, p.auth_scheme,
@@ -319,6 +323,7 @@ BEGIN
     UPDATE keyvault.api_keys k
        SET last_used_at = now(), status = CASE WHEN $13 THEN 'failed' ELSE 'active' END
      WHERE k.user_id = CASE r.payer WHEN 'user' THEN $1 ELSE '' END AND k.id = r.api_key_id AND $5 IS NOT NULL AND k.problem IS NULL
+       AND k.rotated_at IS NOT DISTINCT FROM r.key_rotated_at
        AND (k.last_used_at IS NULL OR k.last_used_at < now() - interval '1 minute'
             OR k.status <> CASE WHEN $13 THEN 'failed' ELSE 'active' END);
     RETURN true;

@@ -56,7 +56,8 @@ BEGIN
     -- Not when the key was replaced since: the answer is about the one before.
     UPDATE keyvault.api_keys k
        SET last_verified_at = clock_timestamp(), status = CASE WHEN $8 THEN 'failed' ELSE 'active' END
-     WHERE k.user_id = $1 AND k.id = r.api_key_id AND ($8 OR $4 = 'done') AND k.problem IS NULL AND k.updated_at <= r.sent_at;
+     WHERE k.user_id = $1 AND k.id = r.api_key_id AND ($8 OR $4 = 'done') AND k.problem IS NULL
+       AND k.rotated_at IS NOT DISTINCT FROM r.key_rotated_at;
     RETURN true;
 END $$;
 COMMENT ON FUNCTION keyvault._settle_key_test(text, uuid, integer, text, integer, jsonb, text, boolean) IS

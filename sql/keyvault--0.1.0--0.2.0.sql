@@ -3262,6 +3262,9 @@ BEGIN
     RETURN earlier;
 END $$;
 
+ALTER TABLE keyvault.requests ADD COLUMN key_rotated_at timestamptz;
+COMMENT ON COLUMN keyvault.requests.key_rotated_at IS 'The key''s rotated_at when the call was sent: its answer tells nothing about a key that has come in its place since.';
+
 CREATE OR REPLACE FUNCTION keyvault._claim_requests(capacity integer, per_user integer, after_user text)
     RETURNS TABLE (user_id text, id uuid, attempt integer, provider text, dialect text, base_url text, path text,
                    auth_header text, auth_scheme text, headers jsonb, allowed_host text, body text, timeout_ms integer,
@@ -3302,7 +3305,9 @@ BEGIN
          LIMIT capacity
     )
     UPDATE keyvault.requests r
-       SET status = 'sent', attempts = r.attempts + 1, sent_at = clock_timestamp()
+       SET status = 'sent', attempts = r.attempts + 1, sent_at = clock_timestamp(),
+           key_rotated_at = (SELECT k.rotated_at FROM keyvault.api_keys k
+                              WHERE k.user_id = CASE r.payer WHEN 'user' THEN r.user_id ELSE '' END AND k.id = r.api_key_id)
       FROM claimed c LEFT JOIN keyvault.providers p ON p.provider = c.provider
      WHERE r.user_id = c.user_id AND r.id = c.id
     RETURNING r.user_id, r.id, r.attempts, r.provider, p.dialect, p.base_url, r.path, p.auth_header, p.auth_scheme,
@@ -3357,6 +3362,7 @@ BEGIN
     UPDATE keyvault.api_keys k
        SET last_used_at = now(), status = CASE WHEN $13 THEN 'failed' ELSE 'active' END
      WHERE k.user_id = CASE r.payer WHEN 'user' THEN $1 ELSE '' END AND k.id = r.api_key_id AND $5 IS NOT NULL AND k.problem IS NULL
+       AND k.rotated_at IS NOT DISTINCT FROM r.key_rotated_at
        AND (k.last_used_at IS NULL OR k.last_used_at < now() - interval '1 minute'
             OR k.status <> CASE WHEN $13 THEN 'failed' ELSE 'active' END);
     RETURN true;
@@ -3533,7 +3539,8 @@ BEGIN
     -- Not when the key was replaced since: the answer is about the one before.
     UPDATE keyvault.api_keys k
        SET last_verified_at = clock_timestamp(), status = CASE WHEN $8 THEN 'failed' ELSE 'active' END
-     WHERE k.user_id = $1 AND k.id = r.api_key_id AND ($8 OR $4 = 'done') AND k.problem IS NULL AND k.updated_at <= r.sent_at;
+     WHERE k.user_id = $1 AND k.id = r.api_key_id AND ($8 OR $4 = 'done') AND k.problem IS NULL
+       AND k.rotated_at IS NOT DISTINCT FROM r.key_rotated_at;
     RETURN true;
 END $$;
 REVOKE ALL ON FUNCTION keyvault._settle_key_test( user_id text, id uuid, attempt integer, outcome text, status_code integer, body jsonb, error text, key_refused boolean) FROM PUBLIC;

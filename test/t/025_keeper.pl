@@ -65,6 +65,32 @@ sub answer_does_not_clear_a_problem
 	return;
 }
 
+# Late answers about keys that were replaced since, by transactions older than the calls.
+sub answer_is_about_its_own_key
+{
+	is(store_sealed('replaced', 'sk-first-key-0123456789'), '', 'a key');
+	my $status = sub { sql("SELECT status, last_verified_at IS NULL FROM keyvault.api_keys WHERE user_id = 'replaced'") };
+	my $session = $node->background_psql('postgres');
+	sql("UPDATE keyvault.providers SET test_path = '/v1/models?mock=gate%3Dverdict' WHERE provider = 'openai'");
+	foreach my $kind ('call', 'test')
+	{
+		$session->query_safe('BEGIN; SELECT now()');
+		my $seen = mock_received($port, '');
+		my $request = $kind eq 'call' ? queue_request($node, 'replaced', 'of replaced [[mock: gate=refusal status=401]]', payer => "'user'")
+			: sql("SELECT keyvault.test_api_key('openai', user_id => 'replaced')");
+		ok(wait_until(sub { mock_received($port, '') > $seen }), "a $kind is under way");
+		$session->query_safe("SELECT keyvault.store_api_key('openai', 'sk-next-key-$kind-0123456789', user_id => 'replaced'); COMMIT");
+		mock_open($port, $kind eq 'call' ? 'refusal' : 'verdict');
+		ends_as($node, $request, $kind eq 'call' ? 'failed' : 'done', "the $kind is answered");
+		is($status->(), 'active|t', 'which says nothing about the key that came in its place');
+	}
+	$session->quit;
+	ends_as($node, queue_request($node, 'replaced', '[[mock: status=401]]', payer => "'user'"), 'failed', 'a refusal of that key itself');
+	is($status->(), 'failed|t', 'does');
+	sql("UPDATE keyvault.providers SET test_path = '/v1/models' WHERE provider = 'openai'");
+	return;
+}
+
 # A box that an error keeps from becoming a record leaves the others alone, and the sealing key.
 sub one_bad_row_stops_no_other
 {
@@ -76,6 +102,7 @@ sub one_bad_row_stops_no_other
 	is(store_sealed($_, 'sk-key-of-a-bad-row-0123456'), '', "a box for $_") foreach 'bad row', 'good row';
 	ok(wait_until(sub { $converted->('good row') }), 'one whose data key was altered does not hold up another');
 	like(told('bad row'), qr/^active\|KV005: /, 'its owner is told') or diag(told('bad row'));
+	ends_as($node, queue_request($node, 'bad row', 'of a box', payer => "'user'"), 'done', 'the box itself is good for calls');
 	sql("UPDATE keyvault.sealing_keys SET created_at = created_at - interval '91 days'");
 	my $before = sql('SELECT key_id FROM keyvault.sealing_keys ORDER BY created_at DESC LIMIT 1');
 	queue_request($node, 'late', 'of a wake-up');
@@ -122,7 +149,7 @@ sub waiting
 	return sql("SELECT DISTINCT attempts, status, left(error, 5) FROM keyvault.requests WHERE user_id LIKE '$users%'");
 }
 
-# A lock on api_keys while calls are claimed, as VACUUM FULL has it.
+# A lock on what opens keys while calls are claimed, as VACUUM FULL has it.
 sub waits_for_a_lock
 {
 	set_config($node, 'keyvault.databases', 'none');
@@ -130,7 +157,7 @@ sub waits_for_a_lock
 	my $request = queue_request($node, 'locked', 'of locked');
 	my $session = $node->background_psql('postgres');
 	$session->query_safe('BEGIN');
-	$session->query_safe('LOCK TABLE keyvault.api_keys IN ACCESS EXCLUSIVE MODE');
+	$session->query_safe('LOCK TABLE keyvault.data_keys IN ACCESS EXCLUSIVE MODE');
 	set_config($node, 'keyvault.databases', undef);
 	ok(wait_until(sub { waiting('locked') eq '0|queued|55P03' }), 'a call whose key is behind a lock goes back into the queue') or diag(waiting('locked'));
 	$session->query_safe('COMMIT');
@@ -170,6 +197,7 @@ SH
 
 sends_no_malformed_key();
 answer_does_not_clear_a_problem();
+answer_is_about_its_own_key();
 one_bad_row_stops_no_other();
 rotates_in_batches();
 waits_for_a_lock();
