@@ -86,7 +86,7 @@ my @scripts = (
 	views_are_exact('and is added up');
 }
 
-# A copy by logical replication of all tables, and a restored dump, have the same views, from roll-ups of their own.
+# A restored dump has the same views, from a roll-up of its own; for logical replication see 051_replication.pl.
 {
 	sql("SELECT use(10)");
 	my $seen = 'SELECT * FROM keyvault.usage_by_day ORDER BY 1, 2, 3, 4, 5, 6';

@@ -16,6 +16,7 @@ sub there { return $subscriber->safe_psql('postgres', @_) }
 # What the reference says to run, taken from it.
 my ($publication) = slurp_file('doc/keyvault.md') =~ /^(CREATE PUBLICATION keyvault FOR TABLE\n.*?;)/ms;
 my ($truncation) = slurp_file('doc/keyvault.md') =~ /^(TRUNCATE keyvault\.plans.*?;)/m;
+my ($release) = slurp_file('doc/keyvault.md') =~ /`(SELECT keyvault\.release_credits\(id, user_id\)[^`]*)`/;
 my @tables = $publication =~ /keyvault\.(\w+)/g;
 
 sub is_copy
@@ -97,8 +98,11 @@ is(there('SELECT tag_base FROM keyvault.usage_rollup'), $base, 'by a roll-up of 
 # It takes over.
 my $used = there("SELECT credits_used FROM keyvault.credit_balances WHERE user_id = 'poor'");
 end_period('poor');
+here("SELECT keyvault._hold_credits('rich', 5, 'infinity', false)");
 is_copy('before it takes over');
 there('DROP SUBSCRIPTION keyvault');
+there($release);
+is(there("SELECT count(*) FROM keyvault.credit_holds WHERE expires_at = 'infinity'"), '0', 'what requests had held is given back');
 ok(wait_until(sub { there("SELECT count(*) FROM keyvault.credit_periods WHERE user_id = 'poor'") eq '2' }), 'it begins periods by itself');
 there("INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('poor', 11)");
 is(there("SELECT credits_used FROM keyvault.credit_balances WHERE user_id = 'poor'"), '11.000000', 'it debits');
