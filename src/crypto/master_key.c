@@ -15,6 +15,7 @@
 
 #include "access/xact.h"
 #include "base/error.h"
+#include "base/index_scan.h"
 #include "base/secret.h"
 #include "base/settings.h"
 #include "crypto/master_key_cache.h"
@@ -23,6 +24,7 @@
 #include "lib/stringinfo.h"
 #include "miscadmin.h"
 #include "utils/builtins.h"
+#include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
 #define SPACE " \t\r\n"
@@ -65,13 +67,43 @@ static struct
 	char		hint[ANSWER_TEXT_SIZE];
 }			answer;
 
+/* For a DETAIL: which key this vault wants, as far as the database can be asked. Empty before it has stored anything. */
+static const char *
+expected_key(void)
+{
+	static KvIndex by_id = {.table = "master_keys",.name = "master_keys_pkey"};
+	enum
+	{
+		MASTER_KEYS_KEK_ID = 1,
+		MASTER_KEYS_STATUS = 4	/* version 0.1.0 has none, and one key */
+	};
+	const char *expected = "";
+	KvIndexScan scan;
+	bool		isnull;
+
+	if (!ActiveSnapshotSet())
+		return expected;
+	kv_index_scan_begin(&scan, &by_id, NULL);
+	while (kv_index_scan_next(&scan, ForwardScanDirection))
+	{
+		bytea	   *kek_id = DatumGetByteaPP(kv_index_scan_value(&scan, MASTER_KEYS_KEK_ID, &isnull));
+
+		if (RelationGetNumberOfAttributes(scan.table) >= MASTER_KEYS_STATUS &&
+			strcmp(TextDatumGetCString(kv_index_scan_value(&scan, MASTER_KEYS_STATUS, &isnull)), "primary") != 0)
+			continue;
+		expected = psprintf(" Expected key id %s, loaded none.", kv_master_key_hex((uint8 *) VARDATA_ANY(kek_id)));
+	}
+	kv_index_scan_end(&scan);
+	return expected;
+}
+
 static void
 raise_unusable(const KvMasterKeySource *source, const char *reason, const char *hint)
 {
 	ereport(ERROR,
 			(errcode(ERRCODE_KV_MASTER_KEY),
 			 errmsg("master key is not available"),
-			 errdetail("The %s %s.", source->describe(), reason),
+			 errdetail("The %s %s.%s", source->describe(), reason, expected_key()),
 			 errhint("%s", hint)));
 }
 
@@ -81,7 +113,7 @@ raise_not_configured(void)
 	ereport(ERROR,
 			(errcode(ERRCODE_KV_MASTER_KEY),
 			 errmsg("master key is not available"),
-			 errdetail("Setting keyvault.master_key_file is empty, and no other source is set."),
+			 errdetail("Setting keyvault.master_key_file is empty, and no other source is set.%s", expected_key()),
 			 errhint("As root, make one with: install -d -m 700 -o postgres /etc/keyvault && "
 					 "(umask 077; openssl rand -hex 32 > /etc/keyvault/master.key) && chown postgres /etc/keyvault/master.key  "
 					 "Then: ALTER SYSTEM SET keyvault.master_key_file = '/etc/keyvault/master.key'; SELECT pg_reload_conf();")));

@@ -70,6 +70,16 @@ write_secret("$directory/good", "\n$digits \n", 0600);
 write_secret("$directory/other", 'b2' x 32, 0600);
 my $key_id = $node->safe_psql('postgres', "SELECT encode(kek_id, 'hex') FROM keyvault.master_keys");
 like($key_id, qr/^[0-9a-f]{32}$/, 'the master key is known by an id');
+foreach my $case ([ "$directory/missing", 'is missing' ], [ write_secret("$directory/cut", 'b2' x 31, 0600), 'is too short' ],
+	[ write_secret("$directory/open", "$digits\n", 0644), 'can be read by others' ], [ '', 'is not set' ])
+{
+	set_config($node, 'keyvault.master_key_file', $case->[0]);
+	foreach my $sql ("SELECT keyvault.user_api_keys('u')", $store)
+	{
+		(undef, undef, $err) = $node->psql('postgres', $sql);
+		like($err, qr/master key is not available\nDETAIL:  .* Expected key id $key_id, loaded none\./, "the file $case->[1]: the error names the key that is expected");
+	}
+}
 $node->safe_psql('postgres', "ALTER SYSTEM SET keyvault.master_key_file = '$directory/other'");
 $node->restart;
 ($code, $out, $err) = $node->psql('postgres', "SELECT keyvault.user_api_keys('u')");
