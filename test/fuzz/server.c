@@ -67,10 +67,16 @@ MemoryContextRegisterResetCallback(MemoryContext context, MemoryContextCallback 
 }
 
 void
-kv_free_all(void)
+kv_run_callbacks(void)
 {
 	for (; callbacks; callbacks = callbacks->next)
 		callbacks->func(callbacks->arg);
+}
+
+void
+kv_free_all(void)
+{
+	kv_run_callbacks();
 	while (n_allocations > 0)
 		free(allocations[--n_allocations]);
 }

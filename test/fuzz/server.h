@@ -10,6 +10,9 @@
 /* Run a function; returns the SQLSTATE of the error that ended it, 0 without one. */
 extern int	kv_throws(void (*function) (void *), void *argument);
 
+/* Call the callbacks of what was allocated, and free nothing yet. */
+extern void kv_run_callbacks(void);
+
 /* Free what was allocated since the last call, as the end of a memory context does. */
 extern void kv_free_all(void);
 

@@ -1,12 +1,13 @@
 /*
  * The primitives of crypto/aead.h against published vectors, and keys for one call against a golden one, whose digits are the
- * argument. Runs by itself, and prints TAP.
+ * argument; and memory for secrets. Runs by itself, and prints TAP.
  *
  * HKDF: RFC 5869, appendices A.1 to A.3. HMAC: RFC 4231, sections 4.2 to 4.8 but for 4.6, whose output is truncated.
  * GCM: McGrew and Viega, "The Galois/Counter Mode of Operation", test cases 13 to 16, on which NIST SP 800-38D rests.
  */
 #include "server.h"
 
+#include "base/secret.h"
 #include "crypto/aead.h"
 #include "utils/builtins.h"
 #include "vault/call_key.h"
@@ -117,6 +118,21 @@ check_gcm(const char *name, const char *key_text, const char *nonce_text, const 
 	ok(refused, "AES-256-GCM refuses every changed bit, and leaves zeros, of", name);
 }
 
+/* Memory for secrets is zeros before it is free. */
+static void
+check_secret_memory(void)
+{
+	static const uint8 zeros[MOST] = {0};
+	uint8	   *secret = kv_secret_alloc(MOST);
+	bool		wiped;
+
+	memset(secret, 0xee, MOST);
+	kv_run_callbacks();
+	wiped = memcmp(secret, zeros, MOST) == 0;
+	kv_free_all();
+	ok(wiped, "memory for secrets", "is zeroed when its context ends");
+}
+
 static bool
 call_key_is(const char *user_id, const pg_uuid_t *request_id, const Bytes *sealed)
 {
@@ -196,6 +212,7 @@ main(int argc, char **argv)
 			  "d9313225f88406e5a55909c5aff5269a86a7a9531534f7da2e4c303d8a318a721c3c0c95956809532fcf0e2449a6b525b16aedf5aa0de657ba637b39",
 			  "522dc1f099567d07f47f37a32a84427d643a8cdcbfe5c0c97598a2bd2555d1aa8cb08e48590dbb3da7b08b1056828838c5f61e6393ba7a0abcc9f662",
 			  "76fc6ece0f4e1768cddf8853bb2d551b");
+	check_secret_memory();
 	check_call_key(argc > 1 ? argv[1] : "");
 	printf("1..%d\n", n_tests);
 	return n_failed > 0;

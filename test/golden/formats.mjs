@@ -26,10 +26,10 @@ const wrapOf = (user, version, id, key, nonce) => {
   const associated = Buffer.concat([header, lp(vaultId), lp(Buffer.from(user)), lp(u32(version)), lp(id)]);
   return Buffer.concat([header, nonce, gcm(masterKey, nonce, associated, key)]);
 };
-const recordOf = (user, version, keyId, key, salt, nonce, id, provider, purpose, secret) => {
+const recordOf = (user, version, keyId, key, salt, nonce, id, provider, purpose, secret, commitment) => {
   const info = Buffer.concat([Buffer.from('keyvault/v1/record'), Buffer.from([1]), keyId]);
   const derived = Buffer.from(hkdfSync('sha256', key, salt, info, 64));
-  const header = Buffer.concat([Buffer.from('K'), Buffer.from([1, 1, 0]), u32(version), keyId, salt, nonce, derived.subarray(32)]);
+  const header = Buffer.concat([Buffer.from('K'), Buffer.from([1, 1, 0]), u32(version), keyId, salt, nonce, commitment ?? derived.subarray(32)]);
   const associated = Buffer.concat([header, lp(vaultId), lp(Buffer.from(user)), lp(id), lp(Buffer.from(provider)), lp(Buffer.from(purpose))]);
   return Buffer.concat([header, gcm(derived.subarray(0, 32), nonce, associated, Buffer.from(secret))]);
 };
@@ -80,6 +80,8 @@ console.log(JSON.stringify({
   record: record.toString('hex'),
   record_of_another_purpose: recordOf(userId, dataKeyVersion, dataKeyId, dataKey, bytes(0x50, 16), bytes(0x60, 12), secretId, provider, 'sealing_key',
     secret).toString('hex'),
+  record_of_another_commitment: recordOf(userId, dataKeyVersion, dataKeyId, dataKey, bytes(0x50, 16), bytes(0x60, 12), secretId, provider, 'api_key',
+    secret, bytes(0xd0, 32)).toString('hex'),
   fingerprint: fingerprint.toString('hex'),
   platform_data_key_id: uuid(platformKeyId),
   platform_wrapped: wrapOf('', 1, platformKeyId, platformKey, bytes(0x31, 12)).toString('hex'),

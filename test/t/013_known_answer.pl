@@ -77,6 +77,9 @@ is(sql("SELECT $lookup"), $golden->{secret}, 'put back, they open');
 # And what it is for: a record that is otherwise this row's.
 is(state_of($node, "BEGIN; UPDATE keyvault.api_keys SET ciphertext = '\\x$golden->{record_of_another_purpose}'; SELECT $lookup"), 'KV005',
 	'bound to its purpose');
+# One whose tag is right, as only a holder of the data key can make it, but not what it says of its key.
+is(state_of($node, "BEGIN; UPDATE keyvault.api_keys SET ciphertext = '\\x$golden->{record_of_another_commitment}'; SELECT $lookup"), 'KV005',
+	'the commitment to the key is compared');
 
 # The platform's data key, the vault's sealing key, and a box that was sealed to it.
 sql(<<"SQL");
