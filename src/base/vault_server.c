@@ -102,13 +102,13 @@ kv_vault_server_prepare(const char *path, KvVaultServerRequest *prepared, const 
 }
 
 /*
- * Call /v1/path: POST with a body, GET without one. Returns the answer's text, in secret memory;
+ * Call /v1/path within timeout_ms: POST with a body, GET without one. Returns the answer's text, in secret memory;
  * NULL, with a reason as above, when there is none to be used. Errors: only those of interrupts.
  */
 char *
-kv_vault_server_call(const char *path, const char *body, const char **reason)
+kv_vault_server_call(const char *path, const char *body, int timeout_ms, const char **reason)
 {
-	KvHttpsRequest request = {.body = body,.ca_file = kv_vault_ca_file,.timeout_ms = kv_master_key_timeout,.size_max = ANSWER_MAX};
+	KvHttpsRequest request = {.body = body,.ca_file = kv_vault_ca_file,.timeout_ms = timeout_ms,.size_max = ANSWER_MAX};
 	KvVaultServerRequest prepared;
 	KvHttpsResponse response;
 
@@ -128,13 +128,13 @@ kv_vault_server_call(const char *path, const char *body, const char **reason)
 }
 
 /*
- * Renew the token. Returns the seconds that it is good for, 0 for one that does not end; -1,
+ * Renew the token within timeout_ms. Returns the seconds that it is good for, 0 for one that does not end; -1,
  * with a reason as above, when it is not renewed.
  */
 int
-kv_vault_server_renew_token(const char **reason)
+kv_vault_server_renew_token(int timeout_ms, const char **reason)
 {
-	char	   *answer = kv_vault_server_call("auth/token/renew-self", "{}", reason);
+	char	   *answer = kv_vault_server_call("auth/token/renew-self", "{}", timeout_ms, reason);
 	KvSecretJsonValue duration;
 
 	if (answer == NULL)

@@ -17,7 +17,7 @@ typedef struct KvVaultServerRequest
 
 extern bool kv_vault_server_prepare(const char *path, KvVaultServerRequest *prepared, const char **reason);
 extern const char *kv_vault_server_reason(long status);
-extern char *kv_vault_server_call(const char *path, const char *body, const char **reason);
-extern int	kv_vault_server_renew_token(const char **reason);
+extern char *kv_vault_server_call(const char *path, const char *body, int timeout_ms, const char **reason);
+extern int	kv_vault_server_renew_token(int timeout_ms, const char **reason);
 
 #endif

@@ -154,7 +154,7 @@ fetch(const char **reason, const char **hint)
 						   kv_master_key_file, KV_MASTER_KEYS_MAX);
 		return NULL;
 	}
-	answer = kv_vault_server_call(path, body, reason);
+	answer = kv_vault_server_call(path, body, kv_master_key_timeout, reason);
 	if (answer == NULL)
 	{
 		*reason = psprintf("gave no master key: the Vault server %s", *reason);

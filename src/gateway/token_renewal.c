@@ -18,6 +18,9 @@
 #define RETRY_MS	60000
 #define LEAST_MS	1000
 
+/* The launcher starts no worker while it waits for the server, so it does not wait longer; half of the token's time is left for the next try. */
+#define TIMEOUT_MS	2000
+
 /* When to renew; the launcher's, at its start at once. */
 static TimestampTz due = 0;
 
@@ -27,7 +30,7 @@ renew(void)
 	MemoryContext context = AllocSetContextCreate(CurrentMemoryContext, "keyvault token renewal", ALLOCSET_SMALL_SIZES);
 	MemoryContext old = MemoryContextSwitchTo(context);
 	const char *reason;
-	int			seconds = kv_vault_server_renew_token(&reason);
+	int			seconds = kv_vault_server_renew_token(Min(kv_master_key_timeout, TIMEOUT_MS), &reason);
 
 	if (seconds > 0)
 		due = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), Max((int64) seconds * 500, LEAST_MS));

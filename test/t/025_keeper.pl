@@ -1,6 +1,7 @@
 # keyvault.reveal = off: what a bad box, or a source of the master key that fails, does to calls and to other keys.
 use strict;
 use warnings FATAL => 'all';
+use IO::Socket::INET ();
 use PostgreSQL::Test::Utils;
 use Test::More;
 use Keyvault;
@@ -195,11 +196,28 @@ SH
 	return;
 }
 
+# A Vault server that takes connections and answers nothing, while the launcher renews its token.
+sub renewal_keeps_no_worker_waiting
+{
+	my $silent = IO::Socket::INET->new(Listen => 64, LocalAddr => '127.0.0.1') or die $!;
+	my $directory = PostgreSQL::Test::Utils::tempdir;
+	sql("ALTER SYSTEM SET keyvault.vault_address = 'http://127.0.0.1:" . $silent->sockport . "'");
+	sql("ALTER SYSTEM SET keyvault.vault_token_file = '" . write_secret("$directory/token", 'a-token') . "'");
+	sql("ALTER SYSTEM SET keyvault.master_key_timeout = '10min'");
+	$node->restart;
+	ends_as($node, queue_request($node, 'z11', 'of an impatient one'), 'done', 'a call is made while the Vault server is silent');
+	ok(wait_until(sub { slurp_file($node->logfile) =~ /WARNING:  token for the Vault server is not renewed/ }), 'about which there is a warning');
+	sql("ALTER SYSTEM RESET keyvault.$_") foreach qw(vault_address vault_token_file master_key_timeout);
+	$node->reload;
+	return;
+}
+
 sends_no_malformed_key();
 answer_does_not_clear_a_problem();
 answer_is_about_its_own_key();
 one_bad_row_stops_no_other();
 rotates_in_batches();
+renewal_keeps_no_worker_waiting();
 waits_for_a_lock();
 waits_for_the_master_key();
 $node->stop;
