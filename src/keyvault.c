@@ -6,8 +6,8 @@
 #include "postgres.h"
 
 #include "base/activity.h"
+#include "base/catalogue.h"
 #include "base/error.h"
-#include "base/index_scan.h"
 #include "base/redaction.h"
 #include "base/settings.h"
 #include "credit/debit.h"
@@ -45,7 +45,7 @@ static const KvModule modules[] = {
 	{"settings", kv_settings_init},
 	{"redaction", kv_redaction_init},
 	{"activity", kv_activity_init},
-	{"index scan", kv_index_scan_init},
+	{"catalogue", kv_catalogue_init},
 	{"reveal", kv_reveal_init},
 	{"master keys", kv_master_key_init, kv_master_key_cache_shmem_size, kv_master_key_cache_shmem_init},
 	{"record key cache", kv_record_key_cache_init, kv_record_key_cache_shmem_size, kv_record_key_cache_shmem_init},

@@ -10,22 +10,20 @@
 
 #include "access/genam.h"
 #include "access/skey.h"
+#include "base/catalogue.h"
 #include "executor/tuptable.h"
 #include "utils/rel.h"
 
 #define KV_INDEX_SCAN_MAX_KEYS 3
 
-/* An index of keyvault's, looked up by its leading columns. Declare it static, with table_oid and what follows left out. */
+/* An index and its leading columns, by which rows are looked up. Declare it static. */
 typedef struct KvIndex
 {
-	const char *table;
-	const char *name;
+	KvRelation	table;
+	KvRelation	index;
 	int			nkeys;
 	Oid			keytypes[KV_INDEX_SCAN_MAX_KEYS];	/* text, uuid, bytea or int2 */
 	LOCKMODE	lockmode;		/* of the table; 0: AccessShareLock */
-	Oid			table_oid;
-	Oid			oid;
-	uint64		known_at;		/* oids hold until the catalogue changes */
 } KvIndex;
 
 typedef struct KvIndexScan
@@ -36,7 +34,6 @@ typedef struct KvIndexScan
 	TupleTableSlot *slot;
 } KvIndexScan;
 
-extern void kv_index_scan_init(void);
 extern void kv_index_scan_begin(KvIndexScan *scan, KvIndex *index, const Datum *keys);
 extern bool kv_index_scan_next(KvIndexScan *scan, ScanDirection direction);
 extern Datum kv_index_scan_value(KvIndexScan *scan, int attribute, bool *isnull);

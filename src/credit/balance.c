@@ -213,8 +213,8 @@ is_being_changed(TupleTableSlot *row)
 		!TransactionIdIsCurrentTransactionId(HeapTupleHeaderGetUpdateXid(header));
 }
 
-static KvIndex slots_of_user = {"credit_balances", "credit_balances_pkey", 1, {TEXTOID}, RowExclusiveLock};
-static KvIndex slot_of_user = {"credit_balances", "credit_balances_pkey", 2, {TEXTOID, INT2OID}, RowExclusiveLock};
+static KvIndex slots_of_user = {{"credit_balances"}, {"credit_balances_pkey"}, 1, {TEXTOID}, RowExclusiveLock};
+static KvIndex slot_of_user = {{"credit_balances"}, {"credit_balances_pkey"}, 2, {TEXTOID, INT2OID}, RowExclusiveLock};
 
 /* Debit one further slot, which nobody is changing. */
 static KvBalanceResult

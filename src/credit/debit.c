@@ -14,6 +14,7 @@
 #include "credit/debit.h"
 
 #include "access/xact.h"
+#include "base/catalogue.h"
 #include "base/error.h"
 #include "base/owner_spi.h"
 #include "base/pg_version.h"
@@ -80,8 +81,9 @@ static const char *const column_names[COLUMNS] = {
 	"reasoning_tokens", "credits", "credits_overrun", "cost_usd", "units", "debit_tag",
 };
 
-/* Their numbers in the relation last seen, as partitions may order them otherwise. Dropped when the transaction ends. */
+/* Their numbers in the relation last seen, as partitions may order them otherwise. They hold until the catalogue changes. */
 static Oid	columns_of = InvalidOid;
+static uint64 columns_known_at;
 static int	columns[COLUMNS];
 
 /* The type of a usage record, in bytes. */
@@ -90,11 +92,14 @@ static int	columns[COLUMNS];
 static void
 find_columns(Relation relation)
 {
-	if (columns_of == RelationGetRelid(relation))
+	uint64		now = kv_catalogue_changes();
+
+	if (columns_of == RelationGetRelid(relation) && columns_known_at == now)
 		return;
 	for (int i = 0; i < COLUMNS; i++)
 		columns[i] = SPI_fnumber(RelationGetDescr(relation), column_names[i]);
 	columns_of = RelationGetRelid(relation);
+	columns_known_at = now;
 }
 
 static void
@@ -399,7 +404,6 @@ at_transaction_end(XactEvent event, void *arg)
 			owed = NULL;
 			first_owed.nest_level = 0;
 			kv_owed_row_forget(0);
-			columns_of = InvalidOid;
 			break;
 		default:
 			break;

@@ -12,6 +12,7 @@
 #include "credit/partition_restore.h"
 
 #include "access/relation.h"
+#include "base/catalogue.h"
 #include "base/error.h"
 #include "catalog/namespace.h"
 #include "catalog/partition.h"
@@ -40,6 +41,7 @@ adds_primary_key(const AlterTableStmt *command)
 static bool
 has_inherited_key(const RangeVar *name)
 {
+	static KvRelation usage_records = {"usage_records"};
 	Oid			table = RangeVarGetRelid(name, NoLock, true);
 	Oid			parent;
 	Relation	relation;
@@ -47,7 +49,7 @@ has_inherited_key(const RangeVar *name)
 
 	if (!OidIsValid(table) || !get_rel_relispartition(table))
 		return false;
-	parent = get_relname_relid("usage_records", get_namespace_oid("keyvault", true));
+	parent = kv_relation_find(&usage_records);
 	relation = try_relation_open(table, AccessShareLock);
 	if (relation == NULL)
 		return false;

@@ -14,10 +14,9 @@
 #include "access/table.h"
 #include "access/tableam.h"
 #include "access/xact.h"
+#include "base/catalogue.h"
 #include "base/error.h"
-#include "catalog/namespace.h"
 #include "fmgr.h"
-#include "utils/lsyscache.h"
 #include "utils/rel.h"
 #include "utils/snapmgr.h"
 
@@ -60,7 +59,9 @@ read_base(Oid table_oid)
 static Oid
 rollup_table(void)
 {
-	return get_relname_relid("usage_rollup", get_namespace_oid("keyvault", false));
+	static KvRelation usage_rollup = {"usage_rollup"};
+
+	return kv_relation_find(&usage_rollup);
 }
 
 /* Does the SQL of this database have a roll-up? That of version 0.1.0 has none. */

@@ -46,7 +46,7 @@ raise_unreadable(const KvDataKey *data_key)
 static KvDataKey *
 read_data_key(const char *user_id, uint32 version, bool *opens)
 {
-	static KvIndex versions = {"data_keys", "data_keys_pkey", 1, {TEXTOID}};
+	static KvIndex versions = {{"data_keys"}, {"data_keys_pkey"}, 1, {TEXTOID}};
 	KvIndexScan scan;
 	Datum		key = CStringGetTextDatum(user_id);
 	KvDataKey  *data_key = NULL;

@@ -71,7 +71,7 @@ static struct
 static const char *
 expected_key(void)
 {
-	static KvIndex by_id = {.table = "master_keys",.name = "master_keys_pkey"};
+	static KvIndex by_id = {{"master_keys"}, {"master_keys_pkey"}};
 	enum
 	{
 		MASTER_KEYS_KEK_ID = 1,

@@ -16,11 +16,11 @@
 #include "crypto/master_key_rotation.h"
 
 #include "access/xact.h"
+#include "base/catalogue.h"
 #include "base/error.h"
 #include "base/owner_spi.h"
 #include "base/pg_version.h"
 #include "base/secret.h"
-#include "catalog/namespace.h"
 #include "catalog/pg_type.h"
 #include "crypto/data_key_wrap.h"
 #include "crypto/reveal.h"
@@ -54,7 +54,9 @@ enum
 static Oid
 master_keys_table(void)
 {
-	return get_relname_relid("master_keys", get_namespace_oid("keyvault", false));
+	static KvRelation master_keys = {"master_keys"};
+
+	return kv_relation_oid(&master_keys);
 }
 
 static bytea *

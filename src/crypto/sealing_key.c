@@ -178,7 +178,7 @@ kv_sealing_key_ensure(KvBoxKey *key)
 static bool
 find_key_of_box(KvIndexScan *scan, const bytea *box)
 {
-	static KvIndex sealing_keys = {"sealing_keys", "sealing_keys_pkey", 1, {BYTEAOID}};
+	static KvIndex sealing_keys = {{"sealing_keys"}, {"sealing_keys_pkey"}, 1, {BYTEAOID}};
 	Datum		key_id = PointerGetDatum(make_bytea(kv_sealed_box_key_id(box), KV_BOX_KEY_ID_SIZE));
 
 	kv_index_scan_begin(scan, &sealing_keys, &key_id);

@@ -11,12 +11,11 @@
 #include "access/table.h"
 #include "access/tableam.h"
 #include "access/xact.h"
+#include "base/catalogue.h"
 #include "base/error.h"
 #include "base/owner_spi.h"
 #include "base/uuid.h"
-#include "catalog/namespace.h"
 #include "catalog/pg_type.h"
-#include "utils/lsyscache.h"
 #include "utils/rel.h"
 #include "utils/snapmgr.h"
 
@@ -31,13 +30,14 @@ static pg_uuid_t cached_id;
 void
 kv_vault_id_get(pg_uuid_t *vault_id)
 {
-	Oid			table_oid = get_relname_relid("vault", get_namespace_oid("keyvault", false));
+	static KvRelation vault = {"vault"};
+	Oid			table_oid = kv_relation_oid(&vault);
 	Relation	table;
 	TableScanDesc scan;
 	TupleTableSlot *slot;
 	bool		isnull;
 
-	if (cached_table == table_oid && OidIsValid(table_oid))
+	if (cached_table == table_oid)
 	{
 		*vault_id = cached_id;
 		return;

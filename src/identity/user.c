@@ -38,7 +38,7 @@ raise_inactive(const char *user_id, const char *status)
 void
 kv_user_require_active(const char *user_id)
 {
-	static KvIndex users = {"users", "users_pkey", 1, {TEXTOID}};
+	static KvIndex users = {{"users"}, {"users_pkey"}, 1, {TEXTOID}};
 	KvIndexScan scan;
 	Datum		key = CStringGetTextDatum(user_id);
 	char	   *status = NULL;

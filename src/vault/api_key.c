@@ -47,7 +47,7 @@ raise_unknown_provider(void)
 void
 kv_api_key_require_provider(const char *provider)
 {
-	static KvIndex providers = {"providers", "providers_pkey", 1, {TEXTOID}};
+	static KvIndex providers = {{"providers"}, {"providers_pkey"}, 1, {TEXTOID}};
 	KvIndexScan scan;
 	Datum		key = CStringGetTextDatum(provider);
 	bool		known;

@@ -45,9 +45,9 @@ enum
 	API_KEYS_EXPIRES_AT,
 };
 
-static KvIndex by_id = {"api_keys", "api_keys_pkey", 2, {TEXTOID, UUIDOID}};
-static KvIndex by_name = {"api_keys", "api_keys_user_id_provider_name_key", 3, {TEXTOID, TEXTOID, TEXTOID}};
-static KvIndex by_user = {"api_keys", "api_keys_user_id_provider_name_key", 1, {TEXTOID}};
+static KvIndex by_id = {{"api_keys"}, {"api_keys_pkey"}, 2, {TEXTOID, UUIDOID}};
+static KvIndex by_name = {{"api_keys"}, {"api_keys_user_id_provider_name_key"}, 3, {TEXTOID, TEXTOID, TEXTOID}};
+static KvIndex by_user = {{"api_keys"}, {"api_keys_user_id_provider_name_key"}, 1, {TEXTOID}};
 
 static bool
 is_expired(KvIndexScan *scan)

@@ -15,10 +15,10 @@
 
 #include "access/xact.h"
 #include "access/xlog.h"
+#include "base/catalogue.h"
 #include "base/error.h"
 #include "base/owner_spi.h"
 #include "base/settings.h"
-#include "catalog/namespace.h"
 #include "catalog/pg_type.h"
 #include "fmgr.h"
 #include "miscadmin.h"
@@ -361,9 +361,9 @@ take_batch(void)
 static bool
 counts_uses(void)
 {
-	Oid			table = get_relname_relid("api_keys", get_namespace_oid("keyvault", false));
+	static KvRelation api_keys = {"api_keys"};
 
-	return get_attnum(table, "use_count") != InvalidAttrNumber;
+	return get_attnum(kv_relation_oid(&api_keys), "use_count") != InvalidAttrNumber;
 }
 
 /* Write a batch to api_keys; notes whose row is locked go back to the table. Returns how many were written. */
