@@ -14,6 +14,7 @@ auto_explain.log_verbose = on
 auto_explain.log_nested_statements = on
 log_min_messages = info
 keyvault.reveal = off
+keyvault.maintenance_interval = 0
 CONF
 $node->start;
 
@@ -61,6 +62,22 @@ SELECT keyvault.grant_credits('victim', 100, 'gift'), keyvault.set_budget('victi
 SELECT keyvault.record_usage('chat', 'gpt-5-mini', 1000, 1000, credits => 40000, user_id => 'victim');
 SELECT keyvault.reserve_credits(1, user_id => 'victim');
 SELECT keyvault.request('exa', '{"query": "of the victim"}', user_id => 'victim', payer => 'user');
+-- Usage of many days, the last of them unlike the others; a key that ends soon; a period that is over.
+INSERT INTO keyvault.usage_records (user_id, created_at, model, tokens, credits)
+SELECT 'victim', now() - make_interval(days => d), 'gpt-5-mini', CASE d WHEN 1 THEN 100000 ELSE 10 END, 1 FROM generate_series(1, 20) d;
+SELECT keyvault.store_api_key('gemini', 'AIza' || repeat('0', 35), user_id => 'victim', expires_at => now() + interval '1 day');
+UPDATE keyvault.credit_balances SET period_anchor = now() - interval '1 minute', period_start = period_start - interval '1 month',
+       period_end = now() - interval '1 minute' WHERE user_id = 'victim';
+SELECT keyvault.reset_due_credits();
+-- What only maintenance, a restore or a provider's answer writes.
+SELECT keyvault.run_maintenance('roll-up');
+INSERT INTO keyvault.usage_retired (user_id, day, provider, model, type, payer, calls, tokens, credits, credits_overrun, cost_usd)
+VALUES ('victim', '2020-01-01', '', '', 'chat', 'user', 1, 1, 1, 0, 0);
+INSERT INTO keyvault.usage_late (user_id, day, provider, model, type, payer, calls, tokens, credits, credits_overrun, cost_usd)
+VALUES ('victim', '2020-01-01', '', '', 'chat', 'user', 1, 1, 1, 0, 0);
+INSERT INTO keyvault.usage_archived (user_id, partition, calls, credits) VALUES ('victim', 'one', 1, 1);
+INSERT INTO keyvault.responses (user_id, id, status, payer) SELECT user_id, id, 'done', payer FROM keyvault.requests WHERE user_id = 'victim'
+    ON CONFLICT DO NOTHING;
 SQL
 sub as_mallory
 {
@@ -77,17 +94,26 @@ SELECT a.attrelid::regclass FROM pg_attribute a JOIN pg_class c ON c.oid = a.att
    AND has_column_privilege('mallory', c.oid, a.attnum, 'SELECT') ORDER BY 1
 SQL
 cmp_ok(scalar @relations, '>', 12, 'there are ' . @relations . ' relations to look into');
-my $full = 0;
+my @empty;
 foreach my $relation (@relations)
 {
 	my $rows = $node->safe_psql('postgres', "SELECT count(*) FROM $relation WHERE user_id = 'victim'");
-	$full++ if $rows > 0;
+	push @empty, $relation if $rows eq '0';
 	my ($seen, $err) = as_mallory("SELECT count(user_id) FROM $relation WHERE user_id <> 'mallory';");
 	is("$seen$err", '0', "$relation: of $rows rows of another user none is seen");
 	my ($out) = $node->psql('postgres', "SET ROLE mallory; SELECT count(user_id) FROM $relation", stdout => \my $nobody);
 	is($nobody, '0', "$relation: nobody sees nothing");
 }
-cmp_ok($full, '>', 10, "$full of them have rows of that user");
+is("@empty", '', 'each of them has rows of that user');
+
+# Accesses add up: who also reads everyone's usage sees no more of their keys and requests.
+$node->safe_psql('postgres', "SELECT keyvault.grant_access('mallory', 'analyst')");
+foreach my $relation (@relations)
+{
+	my ($seen) = as_mallory("SELECT count(user_id) > 0 FROM $relation WHERE user_id = 'victim';");
+	is($seen, $relation =~ /api_key|request|response/ ? 'f' : 't', "$relation: with access analyst, too");
+}
+$node->safe_psql('postgres', "SELECT keyvault.revoke_access('mallory', 'analyst')");
 
 # Every function that takes a user, for the other one, with something in each other argument.
 my @calls = split /\n/, $node->safe_psql('postgres', <<'SQL');
