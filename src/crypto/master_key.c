@@ -33,10 +33,10 @@
 #define MISSING_KEY_MS 1000
 
 /*
- * How long a process that asks a slow source for itself alone goes by its last answer: three times what it took, and a
- * second at least. A worker with many keys to open is kept waiting once, not for each of them.
+ * How long a worker goes by the last answer of a slow source: a second, and three times what it took to fail. A worker with
+ * many keys to open is kept waiting once, not for each of them, and has time for its calls in between.
  */
-#define ANSWER_KEPT_FACTOR	3
+#define FAILURE_KEPT_FACTOR	3
 #define ANSWER_KEPT_MS		1000
 #define ANSWER_TEXT_SIZE	512
 
@@ -57,7 +57,7 @@ static uint32 generation = 0;
 /* Has the source not yielded keys when it was last needed? */
 static bool source_failed = false;
 
-/* What a slow source last answered to this process alone; under another configuration that counts for nothing. */
+/* What a slow source last answered to this process, a worker; under another configuration that counts for nothing. */
 static struct
 {
 	TimestampTz reload;
@@ -213,9 +213,17 @@ fetch_keys(KvMasterKeyRing *to, const char **reason, const char **hint)
 	return text != NULL && read_keys(to, text, source->id, reason);
 }
 
-/* Ask a slow source for this process alone, unless it has answered a short while ago. */
+/* Ask a slow source, through the shared cache where others may use what it answers. */
 static bool
-fetch_alone(KvMasterKeyRing *to, const char **reason, const char **hint)
+ask_slow_source(KvMasterKeyRing *to, TimestampTz not_before, const char **reason, const char **hint)
+{
+	/* Where only some processes may open keys, none leaves them where others could find them. */
+	return kv_reveal ? kv_master_key_cache_get(to, not_before, fetch_keys, reason, hint) : fetch_keys(to, reason, hint);
+}
+
+/* ask_slow_source for a worker, unless it was answered a short while ago. */
+static bool
+ask_now_and_then(KvMasterKeyRing *to, TimestampTz not_before, const char **reason, const char **hint)
 {
 	TimestampTz began = GetCurrentTimestamp();
 	bool		counts = answer.reload == PgReloadTime && began < answer.kept_until;
@@ -232,15 +240,15 @@ fetch_alone(KvMasterKeyRing *to, const char **reason, const char **hint)
 		*hint = pstrdup(answer.hint);
 		return false;
 	}
-	answer.fetched = fetch_keys(to, reason, hint);
+	answer.fetched = ask_slow_source(to, not_before, reason, hint);
 	if (!answer.fetched)
 	{
 		strlcpy(answer.reason, *reason, ANSWER_TEXT_SIZE);
 		strlcpy(answer.hint, *hint, ANSWER_TEXT_SIZE);
 	}
-	took = TimestampDifferenceMilliseconds(began, GetCurrentTimestamp());
+	took = answer.fetched ? 0 : TimestampDifferenceMilliseconds(began, GetCurrentTimestamp());
 	answer.reload = PgReloadTime;
-	answer.kept_until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), Max(ANSWER_KEPT_FACTOR * took, ANSWER_KEPT_MS));
+	answer.kept_until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), Max(FAILURE_KEPT_FACTOR * took, ANSWER_KEPT_MS));
 	return answer.fetched;
 }
 
@@ -262,11 +270,10 @@ load_keys(TimestampTz not_before)
 		fresh = both + 1;
 		ring = both;
 	}
-	/* Where only some processes may open keys, none leaves them where others could find them. */
-	if (source->shared && kv_reveal)
-		fetched = kv_master_key_cache_get(fresh, not_before, fetch_keys, &reason, &hint);
+	if (!source->shared)
+		fetched = fetch_keys(fresh, &reason, &hint);
 	else
-		fetched = source->shared ? fetch_alone(fresh, &reason, &hint) : fetch_keys(fresh, &reason, &hint);
+		fetched = (kv_reveal_is_keeper() ? ask_now_and_then : ask_slow_source) (fresh, not_before, &reason, &hint);
 	source_failed = !fetched;
 	if (!fetched)
 		raise_unusable(source, reason, hint);

@@ -21,6 +21,13 @@
 /* Set for the life of a keeper. */
 static bool is_keeper = false;
 
+/* Is this process a keeper, a worker that is? */
+bool
+kv_reveal_is_keeper(void)
+{
+	return is_keeper;
+}
+
 /* May this process open keys? */
 bool
 kv_reveal_may_open(void)
