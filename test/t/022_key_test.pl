@@ -55,6 +55,23 @@ $node->safe_psql('postgres', "UPDATE keyvault.providers SET test_path = '/v1/mes
 ends_as($node, test_key('anthropic', 'anthropic'), 'failed', 'another answer is no verdict');
 is(status('anthropic'), 'active|f', 'the key stays as it was');
 
+# A key that ends, or is deleted, while its request waits is not sent.
+store($_, 'openai', "sk-of-$_-0123456789abcdef") foreach qw(lasting ended gone);
+set_config($node, 'keyvault.databases', 'none');
+wait_until(sub { worker_pid($node) eq '' }) or die 'the worker stays';
+my %waiting = map { $_ => test_key($_, 'openai') } qw(lasting ended gone);
+$node->safe_psql('postgres', "UPDATE keyvault.api_keys SET expires_at = now() WHERE user_id = 'ended'; SELECT keyvault.delete_api_key('openai', user_id => 'gone')");
+set_config($node, 'keyvault.databases', undef);
+ends_as($node, $waiting{lasting}, 'done', 'a key that lasts is tested');
+foreach my $user (qw(ended gone))
+{
+	ends_as($node, $waiting{$user}, 'failed', "$user: a key that is no more is not");
+	like($node->safe_psql('postgres', "SELECT error FROM keyvault.requests WHERE id = '$waiting{$user}'"), qr/^KV003/, 'for that reason');
+}
+@calls = @{ JSON::PP::decode_json(mock_get($port, '/__log')) };
+my $sent = join ' ', map { JSON::PP::encode_json($_) } @calls;
+is(join(' ', $sent =~ /sk-of-(\w+)-/g), 'lasting', 'and the provider has not seen it');
+
 # It costs nothing.
 is($node->safe_psql('postgres', 'SELECT count(*) FROM keyvault.usage_records'), '0', 'no usage');
 is($node->safe_psql('postgres', 'SELECT coalesce(sum(credits_used + credits_held), 0) FROM keyvault.credit_balances'), '0.000000', 'no credits');
