@@ -8,5 +8,9 @@ CREATE TABLE bare_records_this_month PARTITION OF bare_records
 CREATE TABLE bare_records_next_month PARTITION OF bare_records
     FOR VALUES FROM (date_trunc('month', now(), 'UTC') + interval '1 month') TO (date_trunc('month', now(), 'UTC') + interval '2 months');
 CREATE TABLE bare_records_default PARTITION OF bare_records DEFAULT;
+-- The same indexes; but the tag is the debit's.
+CREATE INDEX ON bare_records_this_month USING brin (debit_tag) WITH (pages_per_range = 32, autosummarize = on);
+ALTER TABLE bare_records ALTER debit_tag SET DEFAULT 0;
+ALTER TABLE bare_records_this_month ALTER debit_tag SET DEFAULT 0;
 VACUUM ANALYZE keyvault.credit_balances;
 CHECKPOINT;

@@ -89,6 +89,15 @@ CREATE TRIGGER keep_own BEFORE DELETE ON keyvault.usage_records
     FOR EACH ROW EXECUTE FUNCTION keyvault._keep_own_rollup();
 ALTER TABLE keyvault.usage_records ENABLE REPLICA TRIGGER keep_own;
 
+CREATE FUNCTION keyvault._fresh_from() RETURNS bigint
+    LANGUAGE c STABLE PARALLEL SAFE
+    AS 'MODULE_PATHNAME', 'keyvault_fresh_from';
+COMMENT ON FUNCTION keyvault._fresh_from() IS 'usage_rollup.rolled_to as the query under way sees it: the planner can ask for it.';
+CREATE FUNCTION keyvault._fresh_until() RETURNS bigint
+    LANGUAGE c STABLE PARALLEL SAFE
+    AS 'MODULE_PATHNAME', 'keyvault_fresh_until';
+COMMENT ON FUNCTION keyvault._fresh_until() IS 'The end of this installation''s debit_tags: the planner can ask for it.';
+
 CREATE VIEW keyvault._usage WITH (security_invoker = true) AS
 SELECT user_id, day, provider, model, type, payer,
        calls, input_tokens, cached_tokens, output_tokens, tokens, credits, credits_overrun, cost_usd
@@ -106,8 +115,7 @@ SELECT user_id, (created_at AT TIME ZONE 'UTC')::date, coalesce(provider, '') CO
        type COLLATE "C", payer COLLATE "C",
        1::bigint, input_tokens, cached_tokens, output_tokens, tokens, credits::numeric, credits_overrun::numeric, cost_usd::numeric
   FROM keyvault.usage_records
- WHERE debit_tag >= (SELECT rolled_to FROM keyvault.usage_rollup)
-   AND debit_tag < (SELECT tag_base + (1::bigint << 48) FROM keyvault.usage_rollup);
+ WHERE debit_tag >= keyvault._fresh_from() AND debit_tag < keyvault._fresh_until();
 COMMENT ON VIEW keyvault._usage IS
     'All usage: what is added up already, and the records that are not. Several rows may have the same user, day, provider, model, type and payer; an empty provider or model is none.';
 

@@ -1768,6 +1768,17 @@ CREATE TRIGGER keep_own BEFORE DELETE ON keyvault.usage_records
 
 ALTER TABLE keyvault.usage_records ENABLE REPLICA TRIGGER keep_own;
 
+CREATE FUNCTION keyvault._fresh_from() RETURNS bigint
+    LANGUAGE c STABLE PARALLEL SAFE
+    AS 'MODULE_PATHNAME', 'keyvault_fresh_from';
+REVOKE ALL ON FUNCTION keyvault._fresh_from() FROM PUBLIC;
+COMMENT ON FUNCTION keyvault._fresh_from() IS 'usage_rollup.rolled_to as the query under way sees it: the planner can ask for it.';
+CREATE FUNCTION keyvault._fresh_until() RETURNS bigint
+    LANGUAGE c STABLE PARALLEL SAFE
+    AS 'MODULE_PATHNAME', 'keyvault_fresh_until';
+REVOKE ALL ON FUNCTION keyvault._fresh_until() FROM PUBLIC;
+COMMENT ON FUNCTION keyvault._fresh_until() IS 'The end of this installation''s debit_tags: the planner can ask for it.';
+
 CREATE VIEW keyvault._usage WITH (security_invoker = true) AS
 SELECT user_id, day, provider, model, type, payer,
        calls, input_tokens, cached_tokens, output_tokens, tokens, credits, credits_overrun, cost_usd
@@ -1785,8 +1796,7 @@ SELECT user_id, (created_at AT TIME ZONE 'UTC')::date, coalesce(provider, '') CO
        type COLLATE "C", payer COLLATE "C",
        1::bigint, input_tokens, cached_tokens, output_tokens, tokens, credits::numeric, credits_overrun::numeric, cost_usd::numeric
   FROM keyvault.usage_records
- WHERE debit_tag >= (SELECT rolled_to FROM keyvault.usage_rollup)
-   AND debit_tag < (SELECT tag_base + (1::bigint << 48) FROM keyvault.usage_rollup);
+ WHERE debit_tag >= keyvault._fresh_from() AND debit_tag < keyvault._fresh_until();
 REVOKE ALL ON keyvault._usage FROM PUBLIC;
 
 COMMENT ON VIEW keyvault._usage IS
@@ -4421,7 +4431,7 @@ AS $$
 DECLARE
     app_functions text[] := '{act_as, store_api_key_reference, upsert_user, set_plan, suspend_user, resume_user, erase_user, uuidv7, _debit_tag, reconcile_request, unknown_requests}';
     user_functions text[] := '{test_api_key, store_api_key, store_api_keys, sealing_key, store_sealed_api_key, user_api_keys, user_api_key, delete_api_key, request, response, wait_response, call, cancel_request}';
-    every_function text[] := '{current_user_id, _may_act_for_any_user, _may_read_all_usage, _may_administer, _period_bound, _period_number, usage_chart}';
+    every_function text[] := '{current_user_id, _may_act_for_any_user, _may_read_all_usage, _may_administer, _period_bound, _period_number, _fresh_from, _fresh_until, usage_chart}';
     admin_functions text[] := '{upsert_user, set_plan, suspend_user, resume_user, erase_user, rotate_data_key, rotate_data_keys, store_platform_key, delete_platform_key, reconcile_request, unknown_requests}';
     credit_functions text[] := CASE access
         WHEN 'app' THEN '{record_usage, reserve_credits, settle_credits, release_credits, grant_credits, refund_usage, set_budget}'

@@ -21,9 +21,12 @@
 #include "utils/snapmgr.h"
 
 PG_FUNCTION_INFO_V1(keyvault_debit_tag);
+PG_FUNCTION_INFO_V1(keyvault_fresh_from);
+PG_FUNCTION_INFO_V1(keyvault_fresh_until);
 
-/* Column of keyvault.usage_rollup. */
+/* Columns of keyvault.usage_rollup. */
 #define ROLLUP_TAG_BASE 2
+#define ROLLUP_ROLLED_TO 3
 
 /* What the table with this OID says; its row never changes in that. */
 static Oid	cached_table = InvalidOid;
@@ -34,26 +37,24 @@ static FullTransactionId tagged;
 static int64 tag;
 
 static int64
-read_base(Oid table_oid)
+read_rollup(Oid table_oid, int attribute, Snapshot snapshot)
 {
 	Relation	table = table_open(table_oid, AccessShareLock);
-	Snapshot	snapshot = RegisterSnapshot(GetLatestSnapshot());
 	TupleTableSlot *slot = table_slot_create(table, NULL);
 	TableScanDesc scan = table_beginscan(table, snapshot, 0, NULL);
 	bool		isnull;
-	int64		base;
+	int64		value;
 
 	if (!table_scan_getnextslot(scan, ForwardScanDirection, slot))
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 				 errmsg("keyvault.usage_rollup has lost its row"),
 				 errhint("Insert it again, with another tag_base than before, and run keyvault.rebuild_usage_daily().")));
-	base = DatumGetInt64(slot_getattr(slot, ROLLUP_TAG_BASE, &isnull));
+	value = DatumGetInt64(slot_getattr(slot, attribute, &isnull));
 	table_endscan(scan);
 	ExecDropSingleTupleTableSlot(slot);
-	UnregisterSnapshot(snapshot);
 	table_close(table, AccessShareLock);
-	return base;
+	return value;
 }
 
 static Oid
@@ -81,7 +82,10 @@ tag_base(void)
 		return 0;
 	if (table != cached_table)
 	{
-		cached_base = read_base(table);
+		Snapshot	snapshot = RegisterSnapshot(GetLatestSnapshot());
+
+		cached_base = read_rollup(table, ROLLUP_TAG_BASE, snapshot);
+		UnregisterSnapshot(snapshot);
 		cached_table = table;
 	}
 	return cached_base;
@@ -106,4 +110,38 @@ Datum
 keyvault_debit_tag(PG_FUNCTION_ARGS)
 {
 	PG_RETURN_INT64(kv_usage_tag());
+}
+
+/*
+ * A column of the roll-up as the query under way sees it, read once per place in a plan.
+ * Views compare debit_tag with a function and not with a subquery, because the planner asks
+ * a STABLE function for its estimates: a subquery's unknown value has it expect half a
+ * percent of all records, and compile a query that finds few.
+ */
+static Datum
+rollup_column(FunctionCallInfo fcinfo, int attribute, int64 offset)
+{
+	int64	   *known = fcinfo->flinfo->fn_extra;
+
+	if (known == NULL)
+	{
+		known = MemoryContextAlloc(fcinfo->flinfo->fn_mcxt, sizeof(int64));
+		*known = read_rollup(rollup_table(), attribute, GetActiveSnapshot()) + offset;
+		fcinfo->flinfo->fn_extra = known;
+	}
+	PG_RETURN_INT64(*known);
+}
+
+/* The first debit_tag that is not added up yet. */
+Datum
+keyvault_fresh_from(PG_FUNCTION_ARGS)
+{
+	return rollup_column(fcinfo, ROLLUP_ROLLED_TO, 0);
+}
+
+/* The first debit_tag of other installations behind it. */
+Datum
+keyvault_fresh_until(PG_FUNCTION_ARGS)
+{
+	return rollup_column(fcinfo, ROLLUP_TAG_BASE, INT64CONST(1) << KV_USAGE_TAG_XID_BITS);
 }
