@@ -73,6 +73,9 @@ foreach my $case ([ 'data_keys', "user_id = 'another'" ], [ 'data_keys', 'versio
 	is(state_of($node, "BEGIN; UPDATE keyvault.$table SET $change; SELECT $asked"), 'KV005', "bound to $table.$change");
 }
 is(sql("SELECT $lookup"), $golden->{secret}, 'put back, they open');
+# What a session keeps of a data key is forgotten when that changes, by replication, too.
+is(state_of($node, "SELECT $lookup; SET session_replication_role = replica; BEGIN; UPDATE keyvault.data_keys SET data_key_id = keyvault.uuidv7(); SELECT $lookup"),
+	'KV005', 'changed as a replica, in a session that knows the data key');
 
 # And what it is for: a record that is otherwise this row's.
 is(state_of($node, "BEGIN; UPDATE keyvault.api_keys SET ciphertext = '\\x$golden->{record_of_another_purpose}'; SELECT $lookup"), 'KV005',
