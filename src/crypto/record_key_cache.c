@@ -26,15 +26,10 @@ PG_FUNCTION_INFO_V1(keyvault_forget_data_keys);
 /* Entries that compete for one place; more of them lose fewer to chance. */
 #define WAYS 4
 
-typedef struct Entry
-{
-	KvRecordId	id;
-	KvRecordKey record_key;
-} Entry;
-
 typedef struct Bucket
 {
-	Entry		entries[WAYS];
+	KvRecordId	ids[WAYS];
+	KvRecordKey record_keys[WAYS];
 	uint32		next;			/* the one to be replaced */
 } Bucket;
 
@@ -101,9 +96,9 @@ kv_record_key_cache_get(const KvRecordId *id, uint32 generation, KvRecordKey *re
 	Bucket	   *bucket = bucket_of(id, generation);
 
 	for (int i = 0; bucket && i < WAYS; i++)
-		if (memcmp(&bucket->entries[i].id, id, sizeof(KvRecordId)) == 0)
+		if (memcmp(&bucket->ids[i], id, sizeof(KvRecordId)) == 0)
 		{
-			*record_key = bucket->entries[i].record_key;
+			*record_key = bucket->record_keys[i];
 			return true;
 		}
 	return false;
@@ -117,10 +112,10 @@ kv_record_key_cache_put(const KvRecordId *id, uint32 generation, const KvRecordK
 
 	if (bucket)
 	{
-		Entry	   *entry = &bucket->entries[bucket->next++ % WAYS];
+		uint32		place = bucket->next++ % WAYS;
 
-		entry->id = *id;
-		entry->record_key = *record_key;
+		bucket->ids[place] = *id;
+		bucket->record_keys[place] = *record_key;
 	}
 }
 

@@ -37,6 +37,9 @@ PG_FUNCTION_INFO_V1(keyvault_flush_key_use);
 #define WAYS		8
 #define PARTITIONS	16
 
+/* Instead of a key's mark. */
+#define FREE		0
+
 /* A bucket with so many keys asks for an early flush. */
 #define CROWDED		6
 
@@ -48,12 +51,19 @@ PG_FUNCTION_INFO_V1(keyvault_flush_key_use);
 
 typedef struct Note
 {
-	Oid			database;		/* InvalidOid: the entry is free */
+	Oid			database;
 	uint32		uses;
 	TimestampTz last;
 	pg_uuid_t	id;
 	char		user_id[KV_USER_ID_MAX + 1];
 } Note;
+
+/* The marks, of few bytes of the keys' ids, stand together: comparing the notes themselves would read memory for each. */
+typedef struct Bucket
+{
+	uint32		marks[WAYS];
+	Note		notes[WAYS];
+} Bucket;
 
 typedef struct KeyUse
 {
@@ -61,7 +71,7 @@ typedef struct KeyUse
 	pg_atomic_uint32 pending;	/* there are notes that nobody has been told of */
 	pg_atomic_uint32 urgent;	/* a bucket is crowded */
 	pg_atomic_uint64 round;		/* raised each time that everybody is to flush */
-	Note		notes[FLEXIBLE_ARRAY_MEMBER];
+	Bucket		buckets[FLEXIBLE_ARRAY_MEMBER];
 } KeyUse;
 
 /* Notes that a flush has taken out of the table, until its transaction ends. */
@@ -88,7 +98,7 @@ Size
 kv_key_use_shmem_size(void)
 {
 	n_buckets = kv_key_use_table_size / WAYS;
-	return offsetof(KeyUse, notes) + n_buckets * WAYS * sizeof(Note);
+	return offsetof(KeyUse, buckets) + n_buckets * sizeof(Bucket);
 }
 
 void
@@ -140,33 +150,37 @@ add(Note *to, const Note *from)
 static int
 put(const Note *note)
 {
-	uint32		random;
-	uint32		bucket;
-	Note	   *entries;
-	Note	   *unused = NULL;
+	uint32		random[2];
+	Bucket	   *bucket;
+	LWLock	   *lock;
+	int			unused = -1;
 	int			n = 1;
 
 	/* The last bytes of a UUID are random in every version. */
-	memcpy(&random, note->id.data + UUID_LEN - sizeof(random), sizeof(random));
-	bucket = random % n_buckets;
-	entries = &shared->notes[bucket * WAYS];
-	LWLockAcquire(&shared->locks[bucket % PARTITIONS], LW_EXCLUSIVE);
+	memcpy(random, note->id.data + UUID_LEN - sizeof(random), sizeof(random));
+	bucket = &shared->buckets[random[1] % n_buckets];
+	lock = &shared->locks[random[1] % n_buckets % PARTITIONS];
+	random[0] = Max(random[0], FREE + 1);
+	LWLockAcquire(lock, LW_EXCLUSIVE);
 	for (int i = 0; i < WAYS; i++)
 	{
-		if (same_key(&entries[i], note))
+		if (bucket->marks[i] == random[0] && same_key(&bucket->notes[i], note))
 		{
-			add(&entries[i], note);
-			LWLockRelease(&shared->locks[bucket % PARTITIONS]);
+			add(&bucket->notes[i], note);
+			LWLockRelease(lock);
 			return n;
 		}
-		if (OidIsValid(entries[i].database))
-			n++;
+		if (bucket->marks[i] == FREE)
+			unused = i;
 		else
-			unused = &entries[i];
+			n++;
 	}
-	if (unused)
-		*unused = *note;
-	LWLockRelease(&shared->locks[bucket % PARTITIONS]);
+	if (unused >= 0)
+	{
+		bucket->marks[unused] = random[0];
+		bucket->notes[unused] = *note;
+	}
+	LWLockRelease(lock);
 	return n;
 }
 
@@ -211,28 +225,27 @@ kv_key_use_note(const char *user_id, const pg_uuid_t *id)
 	strlcpy(note->user_id, user_id, sizeof(note->user_id));
 }
 
-/* Call with every entry of a database, or of all, under its lock. */
+/* Call with every note of a database, or of all, under its lock; a note goes when the visitor says so. */
 static void
-visit(Oid database, void (*visitor) (Note *note, void *arg), void *arg)
+visit(Oid database, bool (*visitor) (const Note *note, void *arg), void *arg)
 {
-	for (uint32 bucket = 0; bucket < n_buckets; bucket++)
+	for (uint32 n = 0; n < n_buckets; n++)
 	{
-		LWLockAcquire(&shared->locks[bucket % PARTITIONS], LW_EXCLUSIVE);
-		for (int i = 0; i < WAYS; i++)
-		{
-			Note	   *note = &shared->notes[bucket * WAYS + i];
+		Bucket	   *bucket = &shared->buckets[n];
 
-			if (OidIsValid(note->database) && (database == InvalidOid || note->database == database))
-				visitor(note, arg);
-		}
-		LWLockRelease(&shared->locks[bucket % PARTITIONS]);
+		LWLockAcquire(&shared->locks[n % PARTITIONS], LW_EXCLUSIVE);
+		for (int i = 0; i < WAYS; i++)
+			if (bucket->marks[i] != FREE && (database == InvalidOid || bucket->notes[i].database == database) &&
+				visitor(&bucket->notes[i], arg))
+				bucket->marks[i] = FREE;
+		LWLockRelease(&shared->locks[n % PARTITIONS]);
 	}
 }
 
-static void
-forget(Note *note, void *arg)
+static bool
+forget(const Note *note, void *arg)
 {
-	note->database = InvalidOid;
+	return true;
 }
 
 /* Drop the notes of a database that is gone. */
@@ -242,15 +255,15 @@ kv_key_use_forget_database(Oid database)
 	visit(database, forget, NULL);
 }
 
-static void
-take(Note *note, void *arg)
+static bool
+take(const Note *note, void *arg)
 {
 	Batch	   *batch = arg;
 
 	if (batch->n == BATCH)
-		return;
+		return false;
 	batch->notes[batch->n++] = *note;
-	note->database = InvalidOid;
+	return true;
 }
 
 /* Put back what a batch has not written. */
@@ -270,16 +283,17 @@ typedef struct Databases
 	int			max;
 } Databases;
 
-static void
-collect_database(Note *note, void *arg)
+static bool
+collect_database(const Note *note, void *arg)
 {
 	Databases  *databases = arg;
 
 	for (int i = 0; i < databases->n; i++)
 		if (databases->oids[i] == note->database)
-			return;
+			return false;
 	if (databases->n < databases->max)
 		databases->oids[databases->n++] = note->database;
+	return false;
 }
 
 /* Are there notes to flush? */
