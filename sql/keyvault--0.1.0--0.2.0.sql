@@ -2727,18 +2727,26 @@ CREATE FUNCTION keyvault._use_usd(price keyvault.model_prices, input_tokens bigi
     SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
-    tier jsonb := (SELECT t FROM jsonb_array_elements(price.context_tiers) t WHERE (t ->> 'over')::numeric < input_tokens
-                    ORDER BY (t ->> 'over')::numeric DESC LIMIT 1);
-    input_price numeric := coalesce((tier ->> 'input')::numeric, price.input_usd_per_mtok);
-    cached_price numeric := coalesce((tier ->> 'cached_input')::numeric, price.cached_input_usd_per_mtok, input_price);
-    output_price numeric := coalesce((tier ->> 'output')::numeric, price.output_usd_per_mtok);
-    reasoning_price numeric := coalesce((tier ->> 'reasoning')::numeric, price.reasoning_usd_per_mtok, output_price);
+    tier jsonb;
+    input_price numeric;
+    cached_price numeric;
+    output_price numeric;
+    reasoning_price numeric;
     fresh bigint := coalesce(input_tokens, 0) - least(coalesce(cached_tokens, 0), coalesce(input_tokens, 0));
     thought bigint := least(coalesce(reasoning_tokens, 0), coalesce(output_tokens, 0));
 BEGIN
     IF price.model IS NULL THEN
         RETURN;
     END IF;
+    -- Few models have tiers, and a query takes as long as all the rest.
+    IF price.context_tiers IS NOT NULL THEN
+        tier := (SELECT t FROM jsonb_array_elements(price.context_tiers) t WHERE (t ->> 'over')::numeric < input_tokens
+                  ORDER BY (t ->> 'over')::numeric DESC LIMIT 1);
+    END IF;
+    input_price := coalesce((tier ->> 'input')::numeric, price.input_usd_per_mtok);
+    cached_price := coalesce((tier ->> 'cached_input')::numeric, price.cached_input_usd_per_mtok, input_price);
+    output_price := coalesce((tier ->> 'output')::numeric, price.output_usd_per_mtok);
+    reasoning_price := coalesce((tier ->> 'reasoning')::numeric, price.reasoning_usd_per_mtok, output_price);
     usd := least(round((fresh * input_price + (coalesce(input_tokens, 0) - fresh) * cached_price
                         + (coalesce(output_tokens, 0) - thought) * output_price + thought * reasoning_price) / 1000000
                        + price.usd_per_request + coalesce(units, 0) * price.usd_per_unit, 9), 999999999);
@@ -2833,6 +2841,7 @@ CREATE FUNCTION keyvault._price_use(user_id text, provider text, model text, pay
 AS $$
 #variable_conflict use_variable
 DECLARE
+    users_plan record;
     plan keyvault.plans;
     found_price keyvault.model_prices;
     plan_price keyvault.model_prices;
@@ -2844,10 +2853,9 @@ DECLARE
     sold_usd numeric;
     sold_used jsonb;
 BEGIN
-    SELECT p.* INTO plan FROM keyvault.users u JOIN keyvault.plans p ON p.plan = u.plan WHERE u.user_id = $1;
-    IF NOT FOUND THEN
-        SELECT p.* INTO STRICT plan FROM keyvault.plans p WHERE p.plan = 'free';
-    END IF;
+    SELECT p AS plan, EXISTS (SELECT FROM keyvault.plan_prices s WHERE s.plan = p.plan) AS sells INTO STRICT users_plan
+      FROM keyvault.plans p WHERE p.plan = coalesce((SELECT u.plan FROM keyvault.users u WHERE u.user_id = $1), 'free');
+    plan := users_plan.plan;
     priced_provider := provider;
     IF cost_usd > 0 THEN
         usd := cost_usd;
@@ -2859,7 +2867,9 @@ BEGIN
     ELSE
         found_price := keyvault._find_price(provider, model, at);
         priced_provider := coalesce(found_price.provider, provider);
-        plan_price := keyvault._find_price(priced_provider, model, at, plan.plan);
+        IF users_plan.sells THEN
+            plan_price := keyvault._find_price(priced_provider, model, at, plan.plan);
+        END IF;
         cost := keyvault._use_usd(found_price, input_tokens, cached_tokens, output_all, reasoning_tokens, units);
         usd := cost.usd;
         price := cost.used;
