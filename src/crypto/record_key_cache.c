@@ -18,6 +18,7 @@
 #include "base/secret.h"
 #include "base/settings.h"
 #include "commands/trigger.h"
+#include "common/hashfn.h"
 #include "fmgr.h"
 #include "port/atomics.h"
 
@@ -70,6 +71,7 @@ bucket_of(const KvRecordId *id, uint32 generation)
 {
 	uint64		now = (uint64) generation << 32 | pg_atomic_read_u32(epoch);
 	uint32		hash;
+	uint32		salt;
 
 	if (buckets == NULL)
 	{
@@ -84,8 +86,10 @@ bucket_of(const KvRecordId *id, uint32 generation)
 		kv_secret_wipe(buckets, cache_size());
 		filled_at = now;
 	}
-	/* The last bytes of a UUID are random in every version. */
+	/* The last bytes of a UUID are random in every version, those of a salt differ. */
 	memcpy(&hash, id->data_key_id + UUID_LEN - sizeof(hash), sizeof(hash));
+	memcpy(&salt, id->salt + KV_SALT_SIZE - sizeof(salt), sizeof(salt));
+	hash = hash_combine(hash, murmurhash32(salt));
 	return &buckets[hash % n_buckets];
 }
 
