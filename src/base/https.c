@@ -85,6 +85,14 @@ cleanse_plaintext(CURL *easy, void *context, void *arg)
 	return CURLE_OK;
 }
 
+/* Have what a call, a handle of libcurl, receives wiped in OpenSSL's buffers once it is read. */
+void
+kv_https_keep_no_plaintext(void *easy)
+{
+	if (strncmp(curl_version_info(CURLVERSION_NOW)->ssl_version, "OpenSSL/", 8) == 0)
+		curl_easy_setopt(easy, CURLOPT_SSL_CTX_FUNCTION, cleanse_plaintext);
+}
+
 static size_t
 take_body(char *bytes, size_t size, size_t count, void *arg)
 {
@@ -170,8 +178,7 @@ prepare(Call *call, const KvHttpsRequest *request, bool plain)
 		curl_easy_setopt(call->easy, CURLOPT_CAINFO, request->ca_file);
 		curl_easy_setopt(call->easy, CURLOPT_CAPATH, NULL);
 	}
-	if (strncmp(curl_version_info(CURLVERSION_NOW)->ssl_version, "OpenSSL/", 8) == 0)
-		curl_easy_setopt(call->easy, CURLOPT_SSL_CTX_FUNCTION, cleanse_plaintext);
+	kv_https_keep_no_plaintext(call->easy);
 	if (request->body)
 	{
 		curl_easy_setopt(call->easy, CURLOPT_POSTFIELDSIZE_LARGE, (curl_off_t) strlen(request->body));

@@ -345,6 +345,7 @@ set_options(KvTransfer *transfer, const KvTransferRequest *request)
 		curl_easy_setopt(easy, CURLOPT_POSTFIELDSIZE_LARGE, (curl_off_t) strlen(transfer->request_body));
 		curl_easy_setopt(easy, CURLOPT_POSTFIELDS, transfer->request_body);
 	}
+	kv_https_keep_no_plaintext(easy);
 	curl_easy_setopt(easy, CURLOPT_OPENSOCKETFUNCTION, open_socket);
 	curl_easy_setopt(easy, CURLOPT_OPENSOCKETDATA, transfer);
 	curl_easy_setopt(easy, CURLOPT_WRITEFUNCTION, take_body);
