@@ -301,9 +301,13 @@ BEGIN
         owed := bill.owed;
     END IF;
     IF $4 = 'unknown' AND r.hold_id IS NOT NULL THEN
-        -- The provider may have charged for it: the credits stay set aside for a day.
+        -- The provider may have charged for it: the credits stay set aside for a day, and for a second one where
+        -- maintenance is to charge for it then.
         PERFORM keyvault._lock_balance($1, false);
-        UPDATE keyvault.credit_holds SET expires_at = now() + interval '1 day' WHERE user_id = $1 AND id = r.hold_id;
+        UPDATE keyvault.credit_holds
+           SET expires_at = now() + CASE WHEN (SELECT p.unknown_outcome FROM keyvault.users u JOIN keyvault.plans p ON p.plan = u.plan
+                                                WHERE u.user_id = $1) = 'charge' THEN interval '2 days' ELSE interval '1 day' END
+         WHERE user_id = $1 AND id = r.hold_id;
     END IF;
     IF owed > 0 OR r.hold_id IS NOT NULL AND $4 <> 'unknown' THEN
         charged := keyvault._settle_hold($1, CASE WHEN $4 <> 'unknown' THEN r.hold_id END, owed);

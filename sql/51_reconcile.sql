@@ -23,7 +23,7 @@ BEGIN
     END IF;
     UPDATE keyvault.requests q
        SET status = 'failed', error = concat_ws('; ', q.error, CASE $2 WHEN 'charge' THEN 'reconciled: charged' ELSE 'reconciled: not charged' END)
-     WHERE q.id = $1 AND q.status = 'unknown'
+     WHERE q.id = $1 AND q.status = 'unknown' AND q.type <> 'test'
     RETURNING q.* INTO r;
     IF NOT FOUND THEN
         PERFORM FROM keyvault.requests q WHERE q.id = $1;
@@ -90,8 +90,13 @@ BEGIN
     SELECT array_agg(l.id), array_agg(l.b) INTO due, balances FROM locked l;
     FOR i IN 1 .. coalesce(cardinality(due), 0) LOOP
         IF keyvault._slots_are_free(balances[i]) THEN
-            PERFORM keyvault._reconcile_request(due[i], 'charge', NULL, NULL, NULL, NULL);
-            charged := charged + 1;
+            BEGIN
+                PERFORM keyvault._reconcile_request(due[i], 'charge', NULL, NULL, NULL, NULL);
+                charged := charged + 1;
+            EXCEPTION WHEN OTHERS THEN
+                -- Not to keep others' from being charged, nor anything from being purged.
+                RAISE WARNING 'request % could not be charged: %', due[i], SQLERRM USING ERRCODE = SQLSTATE;
+            END;
         END IF;
     END LOOP;
     RETURN charged;

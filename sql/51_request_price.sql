@@ -71,7 +71,9 @@ BEGIN
         plan := (SELECT u.plan FROM keyvault.users u WHERE u.user_id = r.user_id);
     END IF;
     IF cost_usd IS NOT NULL THEN
+        -- A provider whose usual price nobody stated has none to compare with.
         most_usd := greatest(r.estimated_usd, 50 * (SELECT p.usd_per_request FROM keyvault.providers p WHERE p.provider = r.provider));
+        most_usd := coalesce(nullif(most_usd, 0), cost_usd);
         cost_usd := least(cost_usd, 999999999);
         claimed := keyvault._credits_owed(plan, r.payer, cost_usd);
         price := CASE WHEN cost_usd > most_usd THEN jsonb_build_object('claimed', jsonb_build_object('cost_usd', cost_usd)) END;
@@ -139,6 +141,11 @@ BEGIN
         RETURN;
     END IF;
     IF provider.default_path LIKE '%/{model}%' THEN
+        -- Another spelling of the path would be another model's.
+        IF strpos(split_part(path, '?', 1), '%') > 0 THEN
+            RAISE EXCEPTION 'a path of provider "%" must not have "%%" before "?"', provider.provider
+                USING ERRCODE = 'invalid_parameter_value', HINT = 'Pass the path as the provider''s API reference spells it.';
+        END IF;
         place := substring(provider.default_path FROM '/[^/]*/(?=[{]model[}])');
         in_path := substring(split_part(path, place, 2) FROM '^[^/:?]+');
     END IF;

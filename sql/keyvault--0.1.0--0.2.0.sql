@@ -3061,7 +3061,9 @@ BEGIN
         plan := (SELECT u.plan FROM keyvault.users u WHERE u.user_id = r.user_id);
     END IF;
     IF cost_usd IS NOT NULL THEN
+        -- A provider whose usual price nobody stated has none to compare with.
         most_usd := greatest(r.estimated_usd, 50 * (SELECT p.usd_per_request FROM keyvault.providers p WHERE p.provider = r.provider));
+        most_usd := coalesce(nullif(most_usd, 0), cost_usd);
         cost_usd := least(cost_usd, 999999999);
         claimed := keyvault._credits_owed(plan, r.payer, cost_usd);
         price := CASE WHEN cost_usd > most_usd THEN jsonb_build_object('claimed', jsonb_build_object('cost_usd', cost_usd)) END;
@@ -3131,6 +3133,11 @@ BEGIN
         RETURN;
     END IF;
     IF provider.default_path LIKE '%/{model}%' THEN
+        -- Another spelling of the path would be another model's.
+        IF strpos(split_part(path, '?', 1), '%') > 0 THEN
+            RAISE EXCEPTION 'a path of provider "%" must not have "%%" before "?"', provider.provider
+                USING ERRCODE = 'invalid_parameter_value', HINT = 'Pass the path as the provider''s API reference spells it.';
+        END IF;
         place := substring(provider.default_path FROM '/[^/]*/(?=[{]model[}])');
         in_path := substring(split_part(path, place, 2) FROM '^[^/:?]+');
     END IF;
@@ -3360,9 +3367,13 @@ BEGIN
         owed := bill.owed;
     END IF;
     IF $4 = 'unknown' AND r.hold_id IS NOT NULL THEN
-        -- The provider may have charged for it: the credits stay set aside for a day.
+        -- The provider may have charged for it: the credits stay set aside for a day, and for a second one where
+        -- maintenance is to charge for it then.
         PERFORM keyvault._lock_balance($1, false);
-        UPDATE keyvault.credit_holds SET expires_at = now() + interval '1 day' WHERE user_id = $1 AND id = r.hold_id;
+        UPDATE keyvault.credit_holds
+           SET expires_at = now() + CASE WHEN (SELECT p.unknown_outcome FROM keyvault.users u JOIN keyvault.plans p ON p.plan = u.plan
+                                                WHERE u.user_id = $1) = 'charge' THEN interval '2 days' ELSE interval '1 day' END
+         WHERE user_id = $1 AND id = r.hold_id;
     END IF;
     IF owed > 0 OR r.hold_id IS NOT NULL AND $4 <> 'unknown' THEN
         charged := keyvault._settle_hold($1, CASE WHEN $4 <> 'unknown' THEN r.hold_id END, owed);
@@ -3413,7 +3424,7 @@ BEGIN
     END IF;
     UPDATE keyvault.requests q
        SET status = 'failed', error = concat_ws('; ', q.error, CASE $2 WHEN 'charge' THEN 'reconciled: charged' ELSE 'reconciled: not charged' END)
-     WHERE q.id = $1 AND q.status = 'unknown'
+     WHERE q.id = $1 AND q.status = 'unknown' AND q.type <> 'test'
     RETURNING q.* INTO r;
     IF NOT FOUND THEN
         PERFORM FROM keyvault.requests q WHERE q.id = $1;
@@ -3486,8 +3497,13 @@ BEGIN
     SELECT array_agg(l.id), array_agg(l.b) INTO due, balances FROM locked l;
     FOR i IN 1 .. coalesce(cardinality(due), 0) LOOP
         IF keyvault._slots_are_free(balances[i]) THEN
-            PERFORM keyvault._reconcile_request(due[i], 'charge', NULL, NULL, NULL, NULL);
-            charged := charged + 1;
+            BEGIN
+                PERFORM keyvault._reconcile_request(due[i], 'charge', NULL, NULL, NULL, NULL);
+                charged := charged + 1;
+            EXCEPTION WHEN OTHERS THEN
+                -- Not to keep others' from being charged, nor anything from being purged.
+                RAISE WARNING 'request % could not be charged: %', due[i], SQLERRM USING ERRCODE = SQLSTATE;
+            END;
         END IF;
     END LOOP;
     RETURN charged;
@@ -4227,6 +4243,10 @@ BEGIN
             SELECT r.user_id, r.id FROM keyvault.requests r
              WHERE r.id < (lpad(to_hex(floor(extract(epoch FROM kept_from) * 1000)::bigint), 12, '0') || repeat('0', 20))::uuid
                AND r.finished_at < kept_from AND (r.status <> 'unknown' OR r.finished_at <= now() - interval '1 day')
+               -- _charge_unknown has passed over these: their balance was busy.
+               AND NOT (r.status = 'unknown' AND r.type <> 'test' AND EXISTS (
+                       SELECT FROM keyvault.users u JOIN keyvault.plans p ON p.plan = u.plan
+                        WHERE u.user_id = r.user_id AND p.unknown_outcome = 'charge'))
              ORDER BY r.id LIMIT batch FOR UPDATE SKIP LOCKED
         ), answers AS (
             DELETE FROM keyvault.responses a USING old o WHERE a.user_id = o.user_id AND a.id = o.id

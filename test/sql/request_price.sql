@@ -86,10 +86,18 @@ SELECT pg_temp.answer(:'sold', NULL, NULL, NULL, NULL);
 SELECT keyvault.request('openai', '{"model": "gpt-5-mini", "max_tokens": 1000}', user_id => 'rp_a') AS sold \gset
 SELECT pg_temp.answer(:'sold', NULL, 12, 0, 1000);
 
+-- Nor is a stated cost cut where nobody has said what is usual.
+BEGIN;
+UPDATE keyvault.providers SET usd_per_request = 0 WHERE provider = 'exa';
+SELECT pg_temp.answer(keyvault.request('exa', '{"query": "x"}', user_id => 'rp_a'), NULL, NULL, NULL, NULL, 0.007) AS stated;
+ROLLBACK;
+
 -- The model that the path names is the one that is called: no other may be priced in its place.
 SELECT s.* FROM (VALUES ('{"model": "gemini-2.5-flash-lite"}', '/v1beta/models/gemini-2.5-pro:generateContent', NULL),
                         ('{"model": "models/gemini-2.5-flash-lite"}', '/v1beta/models/gemini-2.5-pro:generateContent', NULL),
-                        ('{}', '/v1beta/models/gemini-2.5-pro:generateContent', 'gemini-2.5-flash-lite')) c(body, path, model),
+                        ('{}', '/v1beta/models/gemini-2.5-pro:generateContent', 'gemini-2.5-flash-lite'),
+                        ('{}', '/v1beta/models/gemini-2.5-pr%6F:generateContent', NULL),
+                        ('{}', '/v1beta/%6Dodels/gemini-2.5-pro:generateContent', 'gemini-2.5-flash-lite')) c(body, path, model),
        LATERAL pg_temp.refusal(format('SELECT keyvault.request(''gemini'', %L, path => %L, model => %L, user_id => ''rp_g'')', body, path, model)) s;
 SELECT * FROM pg_temp.refusal($$SELECT keyvault.request('exa', '{"model": "dear"}', model => 'cheap', user_id => 'rp_g')$$);
 SELECT keyvault.request('gemini', '{}', path => '/v1beta/models/gemini-2.5-pro:generateContent', user_id => 'rp_g') IS NOT NULL AS queued,
@@ -133,6 +141,8 @@ UPDATE keyvault.plans SET unknown_outcome = 'charge' WHERE plan = 'rp_plain';
 SELECT keyvault.set_plan('rp_u', 'rp_plain');
 SELECT pg_temp.lose(keyvault.request('openai', '{"model": "gpt-5", "max_tokens": 1000}', user_id => 'rp_u')) AS recent, pg_temp.lose(keyvault.request('openai', '{"model": "gpt-5", "max_tokens": 1000}', user_id => 'rp_u')) AS second \gset
 UPDATE keyvault.requests SET finished_at = now() - interval '25 hours' WHERE id = :'second';
+-- maintenance charges it while its credits are held
+SELECT held_until > now() + interval '47 hours' AS held FROM keyvault.unknown_requests() WHERE id = :'second';
 SELECT purged >= 2 AS purged FROM keyvault._purge(100);
 SELECT r.id = :'recent' AS recent, r.status, r.error FROM keyvault.requests r WHERE r.id IN (:'forgotten', :'recent', :'second') ORDER BY id;
 SELECT credits, cost_usd FROM keyvault.usage_records WHERE request_id IN (:'forgotten', :'second');
@@ -140,7 +150,7 @@ SELECT credits, cost_usd FROM keyvault.usage_records WHERE request_id IN (:'forg
 SELECT keyvault.store_api_key('openai', 'sk-regress-own', user_id => 'rp_u') IS NOT NULL AS stored;
 SELECT keyvault.test_api_key('openai', user_id => 'rp_u') AS test \gset
 UPDATE keyvault.requests SET status = 'unknown', finished_at = now() - interval '2 days' WHERE id = :'test';
-SELECT keyvault._charge_unknown(100), (SELECT count(*) FROM keyvault.unknown_requests() WHERE id = :'test') AS listed;
+SELECT keyvault._charge_unknown(100), (SELECT count(*) FROM keyvault.unknown_requests() WHERE id = :'test') AS listed, keyvault.reconcile_request(:'test', 'charge', 1000, 1000);
 DELETE FROM keyvault.requests WHERE id = :'test';
 -- whoever acts for users, and administrators; not the users
 CREATE ROLE regress_kv_user;
