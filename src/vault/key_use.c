@@ -34,14 +34,14 @@
 PG_FUNCTION_INFO_V1(keyvault_flush_key_use);
 
 /* Keys that compete for one place in the table. */
-#define WAYS		8
+#define WAYS		16
 #define PARTITIONS	16
 
 /* Instead of a key's mark. */
 #define FREE		0
 
 /* A bucket with so many keys asks for an early flush. */
-#define CROWDED		6
+#define CROWDED		14
 
 /* Different keys that a process notes before it goes to the table. */
 #define NOTES_MAX	32

@@ -125,10 +125,10 @@ ends_as($node, queue_request($node, 'caller', 'wakes a worker'), 'done', 'a call
 ok(wait_until(sub { uses() =~ /^a exa 8,/ }), 'which writes the uses before it leaves');
 
 # A table that is too small loses uses, and no lookup fails.
-$node->append_conf('postgresql.conf', "keyvault.key_use_table_size = 8\n");
+$node->append_conf('postgresql.conf', "keyvault.key_use_table_size = 16\n");
 $node->restart;
 is($node->safe_psql('postgres', "SELECT count(keyvault.user_api_key('cohere', 'm', 'many' || i)) FROM generate_series(1, 200) i"), '200', 'more keys than the table takes');
-ok(wait_until(sub { $node->safe_psql('postgres', "SELECT count(*) FROM keyvault.api_keys WHERE user_id = 'm' AND use_count = 3") >= 8 }),
+ok(wait_until(sub { $node->safe_psql('postgres', "SELECT count(*) FROM keyvault.api_keys WHERE user_id = 'm' AND use_count = 3") >= 16 }),
 	'those that it takes are written within seconds, though the interval is a day');
 $node->append_conf('postgresql.conf', "keyvault.key_use_table_size = 0\n");
 $node->restart;
