@@ -6,7 +6,9 @@
 #include "base/error.h"
 #include "crypto/master_key.h"
 #include "crypto/master_key_cache.h"
+#include "crypto/record_key_cache.h"
 #include "crypto/reveal.h"
+#include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
 static char *source_text;
@@ -34,6 +36,18 @@ fetch(const char **reason, const char **hint)
 {
 	*hint = "none";
 	return source_text;
+}
+
+/* Without one, the vault is not asked which key it expects. */
+bool
+ActiveSnapshotSet(void)
+{
+	return false;
+}
+
+void
+kv_record_key_cache_wipe(void)
+{
 }
 
 const KvMasterKeySource kv_master_key_from_file = {KV_MASTER_KEY_FILE, "file", false, is_configured, describe, fetch};
