@@ -32,7 +32,7 @@ kv_uuid_make(void)
 /* Nanoseconds that one step of the 12-bit fraction of a millisecond stands for. */
 #define STEP_NS 245
 
-/* Fill in random bytes, fetched for many at once: OpenSSL takes longer over a fetch than PostgreSQL over a row. Not for secrets. */
+/* Fill in random bytes, fetched for many at once. Not for secrets, nor in the postmaster, whose children would begin with the same. */
 static void
 random_bytes(uint8 *out, Size length)
 {

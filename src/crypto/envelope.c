@@ -5,8 +5,8 @@
  * Record: 'K' | 1 | suite | flags | data key version (4) | data key id (16) | salt (16) |
  * nonce (12) | commitment (32) | ciphertext | tag (16), integers big-endian. The nonce is
  * fresh for each record, the salt for each week: a user's records of a week have one key,
- * which is derived once to open them all, and no key seals so many that nonces, which are
- * random, could meet (2^32: NIST SP 800-38D, 8.3). HKDF-SHA256 of data key and salt gives the
+ * which is derived once to open them all. Nonces are random: a key is good for 2^32 records
+ * (NIST SP 800-38D, 8.3), which are 7,100 of one user in every second of a week. HKDF-SHA256 of data key and salt gives the
  * AES-256-GCM key and the commitment, which is compared first: no record opens under two
  * keys. The associated data is all that precedes the ciphertext, then vault, user, secret
  * id, provider and purpose: a record copied to another row, user, provider or vault does
