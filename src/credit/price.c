@@ -9,6 +9,7 @@
 #include "postgres.h"
 
 #include "access/htup_details.h"
+#include "base/catalogue.h"
 #include "base/error.h"
 #include "base/owner_spi.h"
 #include "catalog/pg_type.h"
@@ -70,8 +71,11 @@ keyvault_price_usage(PG_FUNCTION_ARGS)
 {
 	TriggerData *trigger = (TriggerData *) fcinfo->context;
 	TupleDesc	descriptor;
+	/* The column's number in the relation last seen; it holds until the catalogue changes. */
 	static Oid	relation = InvalidOid;
+	static uint64 known_at;
 	static int	credits;
+	uint64		now = kv_catalogue_changes();
 	bool		isnull;
 
 	if (!CALLED_AS_TRIGGER(fcinfo) || !TRIGGER_FIRED_BEFORE(trigger->tg_event) ||
@@ -80,12 +84,11 @@ keyvault_price_usage(PG_FUNCTION_ARGS)
 				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
 				 errmsg("prices are set by a row trigger before INSERT on keyvault.usage_records")));
 	descriptor = RelationGetDescr(trigger->tg_relation);
-	/* The column's number in the relation last seen, checked against its name, as an OID may come back. */
-	if (relation != RelationGetRelid(trigger->tg_relation) || credits > descriptor->natts ||
-		strcmp(NameStr(TupleDescAttr(descriptor, credits - 1)->attname), "credits") != 0)
+	if (relation != RelationGetRelid(trigger->tg_relation) || known_at != now)
 	{
 		credits = SPI_fnumber(descriptor, "credits");
 		relation = RelationGetRelid(trigger->tg_relation);
+		known_at = now;
 	}
 	(void) heap_getattr(trigger->tg_trigtuple, credits, descriptor, &isnull);
 	return PointerGetDatum(isnull ? price_row(trigger->tg_trigtuple, descriptor) : trigger->tg_trigtuple);
