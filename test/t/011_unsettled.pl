@@ -52,4 +52,19 @@ is($node->safe_psql('postgres', "SELECT status FROM keyvault.requests WHERE id <
 	'what ended is purged, what is unknown waits to be reconciled');
 is($node->safe_psql('postgres', "SELECT keyvault.reconcile_request(id, 'release') FROM keyvault.unknown_requests() WHERE user_id = 'a'"), 't', 'it can be');
 balances_are_sums($node, 'balances are sums again');
+
+# On a plan that charges for what is unknown, a request whose charge fails is kept until it can be charged, and holds nothing else up.
+my $charged = queue_request($node, 'a', 'to be charged later');
+ends_as($node, $charged, 'done', 'one more call');
+$node->safe_psql('postgres', <<"SQL");
+UPDATE keyvault.plans SET unknown_outcome = 'charge';
+UPDATE keyvault.requests SET id = '018e0000-0000-7000-8000-000000000003', status = 'unknown', finished_at = now() - interval '2 days' WHERE id = '$charged';
+CREATE FUNCTION public.refuse_usage() RETURNS trigger LANGUAGE plpgsql AS \$\$BEGIN RAISE EXCEPTION 'no room for usage'; END\$\$;
+CREATE TRIGGER refuse BEFORE INSERT ON keyvault.usage_records FOR EACH ROW EXECUTE FUNCTION public.refuse_usage();
+SQL
+my (undef, undef, $warning) = $node->psql('postgres', 'SELECT keyvault._purge(100)');
+like($warning, qr/WARNING:  request 018e0000-0000-7000-8000-000000000003 could not be charged: no room for usage/, 'a charge that fails is a warning of the purge');
+is($node->safe_psql('postgres', "SELECT status FROM keyvault.requests WHERE id = '018e0000-0000-7000-8000-000000000003'"), 'unknown', 'and its request is kept');
+$node->safe_psql('postgres', 'DROP TRIGGER refuse ON keyvault.usage_records; SELECT keyvault._purge(100)');
+is($node->safe_psql('postgres', "SELECT count(*) FROM keyvault.usage_records WHERE request_id = '018e0000-0000-7000-8000-000000000003'"), '1', 'until it is charged');
 done_testing();
