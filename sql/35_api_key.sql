@@ -84,12 +84,38 @@ COMMENT ON COLUMN keyvault.api_keys.source IS 'user; platform: its own; referenc
 COMMENT ON COLUMN keyvault.api_keys.rotated_at IS 'When the value last changed.';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.api_keys', '');
 
+CREATE TABLE keyvault.key_replacements (
+    user_id    text COLLATE "C" NOT NULL,
+    id         uuid NOT NULL,
+    status     text NOT NULL DEFAULT 'waiting' CHECK (status IN ('waiting', 'refused')),
+    box        bytea CHECK (octet_length(box) BETWEEN 100 AND 8192),
+    problem    text,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (user_id, id),
+    FOREIGN KEY (user_id, id) REFERENCES keyvault.api_keys ON UPDATE CASCADE ON DELETE CASCADE,
+    CHECK ((box IS NULL) = (status = 'refused'))
+);
+CREATE INDEX key_replacements_waiting ON keyvault.key_replacements (user_id, id) WHERE status = 'waiting';
+COMMENT ON TABLE keyvault.key_replacements IS 'Sealed boxes that wait to take the place of a key, which goes on until then, and why those that could not did not.';
+COMMENT ON COLUMN keyvault.key_replacements.id IS 'The id in api_keys of the key that is to be replaced.';
+COMMENT ON COLUMN keyvault.key_replacements.status IS 'waiting: for the worker to open the box; refused: the box was bad, and is gone.';
+COMMENT ON COLUMN keyvault.key_replacements.box IS 'Sealed box: see "Formats" in doc/keyvault.md.';
+COMMENT ON COLUMN keyvault.key_replacements.problem IS 'Why the box was refused, or is not yet a record.';
+COMMENT ON COLUMN keyvault.key_replacements.created_at IS 'When the box was stored.';
+SELECT pg_catalog.pg_extension_config_dump('keyvault.key_replacements', '');
+
 ALTER TABLE keyvault.vault ENABLE ROW LEVEL SECURITY;
 ALTER TABLE keyvault.data_keys ENABLE ROW LEVEL SECURITY;
 ALTER TABLE keyvault.api_keys ENABLE ROW LEVEL SECURITY;
 CREATE POLICY own_rows ON keyvault.api_keys FOR SELECT
     USING (user_id = (SELECT keyvault.current_user_id()));
 CREATE POLICY read_by_access ON keyvault.api_keys FOR SELECT
+    USING ((SELECT keyvault._may_administer()));
+
+ALTER TABLE keyvault.key_replacements ENABLE ROW LEVEL SECURITY;
+CREATE POLICY own_rows ON keyvault.key_replacements FOR SELECT
+    USING (user_id = (SELECT keyvault.current_user_id()));
+CREATE POLICY read_by_access ON keyvault.key_replacements FOR SELECT
     USING ((SELECT keyvault._may_administer()));
 
 CREATE FUNCTION keyvault.store_api_key(provider text, key text, name text = 'default', user_id text = NULL, expires_at timestamptz = NULL) RETURNS uuid
@@ -133,12 +159,13 @@ SELECT k.user_id, k.provider, k.name, k.hint, k.status, k.source, k.id,
        k.expires_at, k.last_used_at, k.last_verified_at, k.rotated_at, k.created_at,
        coalesce(m.calls, 0) AS calls_this_month,
        coalesce(m.cost_usd, 0) AS cost_usd_this_month,
-       k.problem, k.use_count
+       coalesce(w.problem, k.problem) AS problem, k.use_count, w.status AS replacement, w.created_at AS replacement_at
   FROM keyvault.api_keys k
+  LEFT JOIN keyvault.key_replacements w ON w.user_id = k.user_id AND w.id = k.id
   LEFT JOIN LATERAL (
        SELECT count(*) AS calls, sum(r.cost_usd) AS cost_usd
          FROM keyvault.usage_records r
         WHERE r.user_id = k.user_id AND r.api_key_id = k.id
           AND r.created_at >= date_trunc('month', now(), 'UTC')) m ON true;
 COMMENT ON VIEW keyvault.api_key_status IS
-    'The acting user''s keys without their values: hint, status and this month''s calls (UTC). Access admin sees every user''s.';
+    'The acting user''s keys without their values: hint, status and this month''s calls (UTC). Where a sealed key is to take a key''s place, replacement says how that stands (waiting, refused), replacement_at when it was stored, and problem why not; status is the present key''s. Access admin sees every user''s.';

@@ -33,6 +33,7 @@ BEGIN ATOMIC
         DELETE FROM keyvault.sealing_keys s
          WHERE s.retired_at <= now()
            AND NOT EXISTS (SELECT FROM keyvault.api_keys k WHERE k.fingerprint IS NULL AND substr(k.ciphertext, 2, 4) = s.key_id)
+           AND NOT EXISTS (SELECT FROM keyvault.key_replacements r WHERE r.status = 'waiting' AND substr(r.box, 2, 4) = s.key_id)
         RETURNING s.key_id)
     DELETE FROM keyvault.sealed_boxes b USING forgotten f WHERE b.key_id = f.key_id;
 END;
@@ -84,4 +85,4 @@ CREATE FUNCTION keyvault.store_sealed_api_key(provider text, sealed bytea, name 
     LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'keyvault_store_sealed_api_key';
 COMMENT ON FUNCTION keyvault.store_sealed_api_key(text, bytea, text, text) IS
-    'Keeps a key that a client sealed to sealing_key() for this user and provider; returns its id. A box is taken once. Errors: KV004, KV005 it does not open, was sealed for another user or provider, or was stored before, KV009 malformed key, 22004, 22023, 40001, 42501 as store_api_key.';
+    'Keeps a key that a client sealed to sealing_key() for this user and provider; returns its id. A box is taken once. With keyvault.reveal off the worker opens it, and a key that it is to replace goes on until then: see api_key_status. Errors: KV004, KV005 it does not open, was sealed for another user or provider, or was stored before, KV009 malformed key, 22004, 22023, 40001, 42501 as store_api_key.';

@@ -47,6 +47,7 @@ BEGIN
     IF access IN ('app', 'user', 'admin') THEN
         RETURN NEXT 'SELECT (user_id, id, provider, name, hint, source, status, expires_at, last_used_at, last_verified_at, rotated_at, '
                  || 'created_at, updated_at, problem, use_count) ON keyvault.api_keys';
+        RETURN NEXT 'SELECT (user_id, id, status, problem, created_at) ON keyvault.key_replacements';
         RETURN NEXT 'SELECT ON keyvault.api_key_status, keyvault.api_keys_due';
     END IF;
     IF access = 'app' THEN

@@ -2251,18 +2251,48 @@ COMMENT ON COLUMN keyvault.api_keys.problem IS 'Why a sealed box could not be op
 
 COMMENT ON COLUMN keyvault.api_keys.source IS 'user; platform: its own; reference: what is encrypted names where the key is kept.';
 
+CREATE TABLE keyvault.key_replacements (
+    user_id    text COLLATE "C" NOT NULL,
+    id         uuid NOT NULL,
+    status     text NOT NULL DEFAULT 'waiting' CHECK (status IN ('waiting', 'refused')),
+    box        bytea CHECK (octet_length(box) BETWEEN 100 AND 8192),
+    problem    text,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (user_id, id),
+    FOREIGN KEY (user_id, id) REFERENCES keyvault.api_keys ON UPDATE CASCADE ON DELETE CASCADE,
+    CHECK ((box IS NULL) = (status = 'refused'))
+);
+REVOKE ALL ON keyvault.key_replacements FROM PUBLIC;
+CREATE INDEX key_replacements_waiting ON keyvault.key_replacements (user_id, id) WHERE status = 'waiting';
+COMMENT ON TABLE keyvault.key_replacements IS 'Sealed boxes that wait to take the place of a key, which goes on until then, and why those that could not did not.';
+COMMENT ON COLUMN keyvault.key_replacements.id IS 'The id in api_keys of the key that is to be replaced.';
+COMMENT ON COLUMN keyvault.key_replacements.status IS 'waiting: for the worker to open the box; refused: the box was bad, and is gone.';
+COMMENT ON COLUMN keyvault.key_replacements.box IS 'Sealed box: see "Formats" in doc/keyvault.md.';
+COMMENT ON COLUMN keyvault.key_replacements.problem IS 'Why the box was refused, or is not yet a record.';
+COMMENT ON COLUMN keyvault.key_replacements.created_at IS 'When the box was stored.';
+SELECT pg_catalog.pg_extension_config_dump('keyvault.key_replacements', '');
+
+ALTER TABLE keyvault.key_replacements ENABLE ROW LEVEL SECURITY;
+CREATE POLICY own_rows ON keyvault.key_replacements FOR SELECT
+    USING (user_id = (SELECT keyvault.current_user_id()));
+CREATE POLICY read_by_access ON keyvault.key_replacements FOR SELECT
+    USING ((SELECT keyvault._may_administer()));
+
 CREATE OR REPLACE VIEW keyvault.api_key_status WITH (security_invoker = true, security_barrier = true) AS
 SELECT k.user_id, k.provider, k.name, k.hint, k.status, k.source, k.id,
        k.expires_at, k.last_used_at, k.last_verified_at, k.rotated_at, k.created_at,
        coalesce(m.calls, 0) AS calls_this_month,
        coalesce(m.cost_usd, 0) AS cost_usd_this_month,
-       k.problem, k.use_count
+       coalesce(w.problem, k.problem) AS problem, k.use_count, w.status AS replacement, w.created_at AS replacement_at
   FROM keyvault.api_keys k
+  LEFT JOIN keyvault.key_replacements w ON w.user_id = k.user_id AND w.id = k.id
   LEFT JOIN LATERAL (
        SELECT count(*) AS calls, sum(r.cost_usd) AS cost_usd
          FROM keyvault.usage_records r
         WHERE r.user_id = k.user_id AND r.api_key_id = k.id
           AND r.created_at >= date_trunc('month', now(), 'UTC')) m ON true;
+COMMENT ON VIEW keyvault.api_key_status IS
+    'The acting user''s keys without their values: hint, status and this month''s calls (UTC). Where a sealed key is to take a key''s place, replacement says how that stands (waiting, refused), replacement_at when it was stored, and problem why not; status is the present key''s. Access admin sees every user''s.';
 
 -- The keys that clients seal API keys to.
 
@@ -2321,6 +2351,7 @@ BEGIN ATOMIC
         DELETE FROM keyvault.sealing_keys s
          WHERE s.retired_at <= now()
            AND NOT EXISTS (SELECT FROM keyvault.api_keys k WHERE k.fingerprint IS NULL AND substr(k.ciphertext, 2, 4) = s.key_id)
+           AND NOT EXISTS (SELECT FROM keyvault.key_replacements r WHERE r.status = 'waiting' AND substr(r.box, 2, 4) = s.key_id)
         RETURNING s.key_id)
     DELETE FROM keyvault.sealed_boxes b USING forgotten f WHERE b.key_id = f.key_id;
 END;
@@ -2385,7 +2416,7 @@ CREATE FUNCTION keyvault.store_sealed_api_key(provider text, sealed bytea, name 
 REVOKE ALL ON FUNCTION keyvault.store_sealed_api_key(provider text, sealed bytea, name text, user_id text) FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault.store_sealed_api_key(text, bytea, text, text) IS
-    'Keeps a key that a client sealed to sealing_key() for this user and provider; returns its id. A box is taken once. Errors: KV004, KV005 it does not open, was sealed for another user or provider, or was stored before, KV009 malformed key, 22004, 22023, 40001, 42501 as store_api_key.';
+    'Keeps a key that a client sealed to sealing_key() for this user and provider; returns its id. A box is taken once. With keyvault.reveal off the worker opens it, and a key that it is to replace goes on until then: see api_key_status. Errors: KV004, KV005 it does not open, was sealed for another user or provider, or was stored before, KV009 malformed key, 22004, 22023, 40001, 42501 as store_api_key.';
 
 -- Development mode: keys of a .env file.
 
@@ -4501,6 +4532,7 @@ BEGIN
     IF access IN ('app', 'user', 'admin') THEN
         RETURN NEXT 'SELECT (user_id, id, provider, name, hint, source, status, expires_at, last_used_at, last_verified_at, rotated_at, '
                  || 'created_at, updated_at, problem, use_count) ON keyvault.api_keys';
+        RETURN NEXT 'SELECT (user_id, id, status, problem, created_at) ON keyvault.key_replacements';
         RETURN NEXT 'SELECT ON keyvault.api_key_status, keyvault.api_keys_due';
     END IF;
     IF access = 'app' THEN

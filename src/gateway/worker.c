@@ -146,6 +146,14 @@ boxes_are_due(const KvWorker *worker)
 		(!kv_reveal && worker->look && TIMESTAMP_IS_NOEND(worker->boxes_due));
 }
 
+/* Look for sealed keys at the next turn: nobody announces those of a restore, or that one passed over is no longer locked. */
+static void
+expect_boxes(KvWorker *worker)
+{
+	if (TIMESTAMP_IS_NOEND(worker->boxes_due))
+		worker->boxes_due = 0;
+}
+
 static void
 sooner(TimestampTz now, TimestampTz when, long *timeout_ms)
 {
@@ -345,7 +353,10 @@ keyvault_worker_main(Datum arg)
 	{
 		serve_interrupts(&worker);
 		if (kv_maintenance_due_at() <= GetCurrentTimestamp())
+		{
 			kv_maintenance_take(&worker);
+			expect_boxes(&worker);
+		}
 		collect_ended(&worker);
 		if (turn_is_due(&worker))
 		{

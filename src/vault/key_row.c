@@ -2,13 +2,16 @@
  * key_row.c
  *		Writes rows of api_keys.
  *
- * A key is sealed before a tuple with it exists.
+ * A key is sealed before a tuple with it exists. A box that nobody has opened yet, and that may
+ * prove to be bad, never takes the place of a key that is good: it waits in key_replacements.
+ * Whatever else is stored or deleted takes it away.
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
 
 #include "vault/key_row.h"
 
+#include "base/catalogue.h"
 #include "base/error.h"
 #include "base/owner_spi.h"
 #include "base/pg_version.h"
@@ -94,8 +97,12 @@ hint_of(const char *secret, bool is_reference)
 	return is_reference ? secret : kv_key_shape_hint(secret);
 }
 
-/* Write a row with what has been sealed; without a fingerprint that is a box. */
-static void
+/*
+ * Write a row with what has been sealed; without a fingerprint that is a box. False, and nothing
+ * is written, when the box has yet to be opened and a key is there: one that has not expired and
+ * is no box that proved to be bad.
+ */
+static bool
 write_row(const KvNewKey *key, const pg_uuid_t *id, bytea *ciphertext, bytea *fingerprint)
 {
 	static KvStatement upsert = {
@@ -105,11 +112,12 @@ write_row(const KvNewKey *key, const pg_uuid_t *id, bytea *ciphertext, bytea *fi
 		" SET id = EXCLUDED.id, ciphertext = EXCLUDED.ciphertext, hint = EXCLUDED.hint, fingerprint = EXCLUDED.fingerprint,"
 		" source = EXCLUDED.source, expires_at = EXCLUDED.expires_at, status = 'active', updated_at = now(),"
 		" last_verified_at = CASE WHEN k.fingerprint = EXCLUDED.fingerprint THEN k.last_verified_at END,"
-		" rotated_at = CASE WHEN k.fingerprint = EXCLUDED.fingerprint THEN k.rotated_at ELSE now() END",
-		9, {TEXTOID, UUIDOID, TEXTOID, TEXTOID, BYTEAOID, TEXTOID, BYTEAOID, TIMESTAMPTZOID, BOOLOID}
+		" rotated_at = CASE WHEN k.fingerprint = EXCLUDED.fingerprint THEN k.rotated_at ELSE now() END"
+		" WHERE $10 OR k.expires_at <= now() OR k.fingerprint IS NULL AND k.status = 'failed' AND to_jsonb(k) ->> 'problem' IS NOT NULL",
+		10, {TEXTOID, UUIDOID, TEXTOID, TEXTOID, BYTEAOID, TEXTOID, BYTEAOID, TIMESTAMPTZOID, BOOLOID, BOOLOID}
 	};
-	Datum		values[9];
-	char		nulls[10] = "         ";
+	Datum		values[10];
+	char		nulls[11] = "          ";
 
 	values[0] = CStringGetTextDatum(key->user_id);
 	values[1] = UUIDPGetDatum(id);
@@ -122,12 +130,54 @@ write_row(const KvNewKey *key, const pg_uuid_t *id, bytea *ciphertext, bytea *fi
 	values[7] = TimestampTzGetDatum(key->expires_at);
 	nulls[7] = key->expires ? ' ' : 'n';
 	values[8] = BoolGetDatum(key->is_reference);
-	kv_statement_execute(&upsert, values, nulls);
+	values[9] = BoolGetDatum(key->secret != NULL);
+	return kv_statement_execute(&upsert, values, nulls) > 0;
 }
 
-/* Keep a key where this process may not open keys: as a box, which the worker makes a record. */
+/* Does the SQL of this database have key_replacements? That of version 0.1.0 has not. */
+bool
+kv_key_row_may_wait(void)
+{
+	static KvRelation table = {"key_replacements"};
+
+	return OidIsValid(kv_relation_find(&table));
+}
+
+/* Forget what was to take the place of the key that a row had before. */
 static void
-write_box(const KvNewKey *key, const pg_uuid_t *id)
+forget_replacement(const char *user_id, const pg_uuid_t *id)
+{
+	static KvStatement forget = {"DELETE FROM keyvault.key_replacements WHERE user_id = $1 AND id = $2", 2, {TEXTOID, UUIDOID}};
+	Datum		values[2] = {CStringGetTextDatum(user_id), UUIDPGetDatum(id)};
+
+	if (kv_key_row_may_wait())
+		kv_statement_execute(&forget, values, NULL);
+}
+
+/*
+ * Have a box wait beside the key whose place it is to take; the one that waited before goes. The key's row is changed as
+ * well, so that a transaction with a snapshot of before, which does not see the box, fails to store or delete the key.
+ */
+static void
+write_beside(const KvNewKey *key, const pg_uuid_t *id)
+{
+	static KvStatement upsert = {
+		"WITH present AS (UPDATE keyvault.api_keys SET updated_at = now() WHERE user_id = $1 AND id = $2 RETURNING user_id, id)"
+		" INSERT INTO keyvault.key_replacements AS r (user_id, id, box) SELECT user_id, id, $3 FROM present"
+		" ON CONFLICT (user_id, id) DO UPDATE SET box = EXCLUDED.box, status = 'waiting', problem = NULL, created_at = now()",
+		3, {TEXTOID, UUIDOID, BYTEAOID}
+	};
+	Datum		values[3] = {CStringGetTextDatum(key->user_id), UUIDPGetDatum(id), PointerGetDatum(key->box)};
+
+	kv_statement_execute(&upsert, values, NULL);
+}
+
+/*
+ * Keep a key where this process may not open keys: as a box, which the worker makes a record.
+ * Sets the id of its row.
+ */
+static void
+write_box(const KvNewKey *key, pg_uuid_t *id)
 {
 	static KvStatement wake = {"SELECT keyvault._wake_worker()", 0};
 	KvBoxBinding binding = {.label = KV_BOX_LABEL,.user_id = key->user_id,.context = key->provider};
@@ -143,7 +193,14 @@ write_box(const KvNewKey *key, const pg_uuid_t *id)
 		kv_owner_fresh_snapshot_end();
 		box = kv_sealed_box_seal(&box_key, &binding, key->secret, strlen(key->secret));
 	}
-	write_row(key, id, box, NULL);
+	*id = *id_for(key);
+	if (write_row(key, id, box, NULL))
+		forget_replacement(key->user_id, id);
+	else
+	{
+		*id = *id_for(key);
+		write_beside(key, id);
+	}
 	kv_statement_execute(&wake, NULL, NULL);
 }
 
@@ -169,7 +226,6 @@ kv_key_row_write(const KvNewKey *key)
 	ensure_user(key->user_id, key->may_create_user);
 	if (!kv_reveal_may_open())
 	{
-		id = *id_for(key);
 		write_box(key, &id);
 		return id;
 	}
@@ -177,8 +233,17 @@ kv_key_row_write(const KvNewKey *key)
 	id = *id_for(key);
 	fingerprint = kv_key_row_fingerprint(data_key, key->secret);
 	write_row(key, &id, seal_record(data_key, &id, key->provider, key->secret), fingerprint);
+	forget_replacement(key->user_id, &id);
 	notice_duplicate(key, &id, fingerprint);
 	return id;
+}
+
+/* Have a box that waited, and whose secret was opened and checked, take the place of that key. Call as kv_key_row_write. */
+void
+kv_key_row_replace(const KvNewKey *key, const pg_uuid_t *id)
+{
+	write_row(key, id, key->box, NULL);
+	forget_replacement(key->user_id, id);
 }
 
 /* Open a box. Returns what a client sealed, whatever it is, in secret memory; NULL when it does not open. Errors: KV004, KV005. */

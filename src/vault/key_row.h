@@ -33,6 +33,8 @@ extern pg_uuid_t kv_key_row_write(const KvNewKey *key);
 extern char *kv_key_row_open_box(const char *user_id, const char *provider, const bytea *box);
 extern char *kv_key_row_open(const char *user_id, const char *provider, const pg_uuid_t *id, const bytea *stored);
 extern void kv_key_row_convert(const char *user_id, const pg_uuid_t *id, const char *provider, bool is_reference, const char *secret);
+extern void kv_key_row_replace(const KvNewKey *key, const pg_uuid_t *id);
+extern bool kv_key_row_may_wait(void);
 extern bytea *kv_key_row_fingerprint(const KvDataKey *data_key, const char *secret);
 
 #endif

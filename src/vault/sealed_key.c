@@ -6,7 +6,8 @@
  * saw an old box could put a key back that was replaced or deleted since.
  *
  * Where this process may not open keys, the box itself is kept, and the worker makes a
- * record of it; the worker also makes the sealing key then.
+ * record of it; until then a key that it is to replace stays. The worker also makes the
+ * sealing key then.
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
@@ -153,40 +154,90 @@ keyvault_store_sealed_api_key(PG_FUNCTION_ARGS)
 	PG_RETURN_UUID_P(id);
 }
 
+/*
+ * Where boxes are: beside a key whose place they are to take, and in the place of a key. A good one goes from there to here
+ * before a record is made of it: where none can be made, calls still have the box.
+ * find: up to $1 of them behind user $2 and id $3, those with a problem only if $4, with what convert_box takes;
+ * note: user, id, problem, and whether that is final.
+ */
+typedef struct BoxKind
+{
+	bool		beside;
+	KvStatement find;
+	KvStatement note;
+} BoxKind;
+
+static BoxKind kinds[] = {
+	{
+		true,
+		/* The key's row comes first, as with who stores or deletes one. */
+		{"SELECT k.user_id, k.id, k.provider, r.box, false, k.name"
+			" FROM keyvault.key_replacements r JOIN keyvault.api_keys k ON k.user_id = r.user_id AND k.id = r.id"
+			" WHERE r.status = 'waiting' AND (r.user_id, r.id) > ($2, $3) AND ($4 OR r.problem IS NULL)"
+			" ORDER BY r.user_id, r.id LIMIT $1 FOR UPDATE OF k, r SKIP LOCKED", 4, {INT4OID, TEXTOID, UUIDOID, BOOLOID}},
+		{"UPDATE keyvault.key_replacements SET status = CASE WHEN $4 THEN 'refused' ELSE status END, problem = $3,"
+			" box = CASE WHEN NOT $4 THEN box END WHERE user_id = $1 AND id = $2", 4, {TEXTOID, UUIDOID, TEXTOID, BOOLOID}},
+	},
+	{
+		false,
+		/* The SQL of version 0.1.0 has no column problem, and no boxes. */
+		{"SELECT k.user_id, k.id, k.provider, k.ciphertext, k.source = 'reference', k.name FROM keyvault.api_keys k"
+			" WHERE k.fingerprint IS NULL AND (k.user_id, k.id) > ($2, $3)"
+			" AND (to_jsonb(k) ->> 'problem' IS NULL OR $4 AND k.status = 'active')"
+			" ORDER BY k.user_id, k.id LIMIT $1 FOR UPDATE SKIP LOCKED", 4, {INT4OID, TEXTOID, UUIDOID, BOOLOID}},
+		{"UPDATE keyvault.api_keys SET status = CASE WHEN $4 THEN 'failed' ELSE status END, problem = $3 WHERE user_id = $1 AND id = $2",
+			4, {TEXTOID, UUIDOID, TEXTOID, BOOLOID}},
+	},
+};
+
+/* A row of a kind's find. */
+typedef struct BoxRow
+{
+	BoxKind    *kind;
+	HeapTuple	row;
+	TupleDesc	tupdesc;
+} BoxRow;
+
 /* Note why a box is not a record; final when it never can be. */
 static void
-note_problem(Datum user_id, Datum id, const char *problem, bool final)
+note_problem(BoxRow *box, const char *problem, bool final)
 {
-	static KvStatement note = {
-		"UPDATE keyvault.api_keys SET status = CASE WHEN $4 THEN 'failed' ELSE status END, problem = $3 WHERE user_id = $1 AND id = $2",
-		4, {TEXTOID, UUIDOID, TEXTOID, BOOLOID}
+	bool		isnull;
+	Datum		values[4] = {
+		SPI_getbinval(box->row, box->tupdesc, 1, &isnull), SPI_getbinval(box->row, box->tupdesc, 2, &isnull),
+		CStringGetTextDatum(problem), BoolGetDatum(final),
 	};
-	Datum		values[4] = {user_id, id, CStringGetTextDatum(problem), BoolGetDatum(final)};
 
-	kv_statement_execute(&note, values, NULL);
+	kv_statement_execute(&box->kind->note, values, NULL);
 }
 
 static void
-convert_row(HeapTuple row, TupleDesc tupdesc)
+convert_box(void *arg)
 {
+	BoxRow	   *box = arg;
 	bool		isnull;
-	Datum		user_id = SPI_getbinval(row, tupdesc, 1, &isnull);
-	Datum		id = SPI_getbinval(row, tupdesc, 2, &isnull);
-	char	   *user = TextDatumGetCString(user_id);
-	char	   *provider = TextDatumGetCString(SPI_getbinval(row, tupdesc, 3, &isnull));
-	bool		is_reference = DatumGetBool(SPI_getbinval(row, tupdesc, 5, &isnull));
-	char	   *secret = kv_key_row_open_box(user, provider, DatumGetByteaPP(SPI_getbinval(row, tupdesc, 4, &isnull)));
+	pg_uuid_t  *id = DatumGetUUIDP(SPI_getbinval(box->row, box->tupdesc, 2, &isnull));
 	const char *problem = NULL;
+	KvNewKey	key = {
+		.user_id = TextDatumGetCString(SPI_getbinval(box->row, box->tupdesc, 1, &isnull)),
+		.provider = TextDatumGetCString(SPI_getbinval(box->row, box->tupdesc, 3, &isnull)),
+		.is_reference = DatumGetBool(SPI_getbinval(box->row, box->tupdesc, 5, &isnull)),
+		.box = DatumGetByteaP(SPI_getbinval(box->row, box->tupdesc, 4, &isnull)),
+		.name = TextDatumGetCString(SPI_getbinval(box->row, box->tupdesc, 6, &isnull)),
+	};
 
-	if (secret == NULL)
+	key.secret = kv_key_row_open_box(key.user_id, key.provider, key.box);
+	if (key.secret == NULL)
 		problem = "It was altered, or sealed for another user, provider or vault.";
-	else if (!is_reference)
-		problem = kv_key_shape_problem(secret, strlen(secret), provider);
+	else if (!key.is_reference)
+		problem = kv_key_shape_problem(key.secret, strlen(key.secret), key.provider);
 
 	if (problem)
-		note_problem(user_id, id, problem, true);
+		note_problem(box, problem, true);
+	else if (box->kind->beside)
+		kv_key_row_replace(&key, id);
 	else
-		kv_key_row_convert(user, DatumGetUUIDP(id), provider, is_reference, secret);
+		kv_key_row_convert(key.user_id, id, key.provider, key.is_reference, key.secret);
 }
 
 /* Make a sealing key where there is none or it is old. The worker calls it. Error: KV004. */
@@ -202,73 +253,74 @@ kv_sealed_key_make_ready(void)
 	kv_owner_end(&scope);
 }
 
-/* A row of find_boxes. */
-typedef struct BoxRow
-{
-	HeapTuple	row;
-	TupleDesc	tupdesc;
-} BoxRow;
-
-static void
-convert_box_row(void *arg)
-{
-	BoxRow	   *box = arg;
-
-	convert_row(box->row, box->tupdesc);
-}
-
 /* Make a record of a box, or note why not; returns the error that it is noted for. Throws what keeps all boxes from it. */
 static ErrorData *
 try_convert(BoxRow *box)
 {
-	ErrorData  *error = kv_subtransaction_run(convert_box_row, box);
-	bool		isnull;
+	ErrorData  *error = kv_subtransaction_run(convert_box, box);
 
 	if (error == NULL)
 		return NULL;
 	if (error->sqlerrcode == ERRCODE_QUERY_CANCELED ||
 		(error->sqlerrcode == ERRCODE_KV_MASTER_KEY && kv_master_key_source_has_failed()))
 		ReThrowError(error);
-	note_problem(SPI_getbinval(box->row, box->tupdesc, 1, &isnull), SPI_getbinval(box->row, box->tupdesc, 2, &isnull),
-				 psprintf("%s: %s", unpack_sql_state(error->sqlerrcode), error->message), false);
+	note_problem(box, psprintf("%s: %s", unpack_sql_state(error->sqlerrcode), error->message), false);
 	return error;
 }
 
-/* Where a pass over all boxes stands: behind this one. The worker's. */
-static char pass_user[KV_USER_ID_MAX + 1] = "";
-static pg_uuid_t pass_id;
-
-/* Boxes without a problem, or with all, any behind the one where the pass stands. */
-static uint64
-find_boxes(int max, bool all)
+/* Where a pass over all boxes stands: behind this one. The worker's; zeros at its beginning. */
+static struct
 {
-	/* The SQL of version 0.1.0 has no column problem, and no boxes. */
-	static KvStatement find = {
-		"SELECT k.user_id, k.id, k.provider, k.ciphertext, k.source = 'reference' FROM keyvault.api_keys k"
-		" WHERE k.fingerprint IS NULL AND k.status = 'active' AND (k.user_id, k.id) > ($2, $3)"
-		" AND ($4 OR to_jsonb(k) ->> 'problem' IS NULL)"
-		" ORDER BY k.user_id, k.id LIMIT $1 FOR UPDATE SKIP LOCKED", 4, {INT4OID, TEXTOID, UUIDOID, BOOLOID}
-	};
+	size_t		kind;
+	char		user_id[KV_USER_ID_MAX + 1];
+	pg_uuid_t	id;
+}			pass;
+
+/* Boxes of a kind: those without a problem, or with all any behind the one where the pass stands. */
+static uint64
+find_boxes(size_t kind, int max, bool all)
+{
 	pg_uuid_t	first = {{0}};
+	bool		behind = all && kind == pass.kind;
 	Datum		values[4] = {
-		Int32GetDatum(max), CStringGetTextDatum(all ? pass_user : ""), UUIDPGetDatum(all ? &pass_id : &first), BoolGetDatum(all),
+		Int32GetDatum(max), CStringGetTextDatum(behind ? pass.user_id : ""), UUIDPGetDatum(behind ? &pass.id : &first), BoolGetDatum(all),
 	};
 
-	return kv_statement_execute(&find, values, NULL);
+	if (kinds[kind].beside && !kv_key_row_may_wait())
+		return 0;
+	return kv_statement_execute(&kinds[kind].find, values, NULL);
 }
 
-/* Have the pass stand at a row; without one it begins anew. */
+/* Have the pass stand at a box. */
 static void
 advance_pass(const BoxRow *last)
 {
 	bool		isnull;
 
-	memset(&pass_id, 0, sizeof(pass_id));
-	pass_user[0] = '\0';
-	if (last == NULL)
-		return;
-	pass_id = *DatumGetUUIDP(SPI_getbinval(last->row, last->tupdesc, 2, &isnull));
-	strlcpy(pass_user, TextDatumGetCString(SPI_getbinval(last->row, last->tupdesc, 1, &isnull)), sizeof(pass_user));
+	pass.kind = last->kind - kinds;
+	pass.id = *DatumGetUUIDP(SPI_getbinval(last->row, last->tupdesc, 2, &isnull));
+	strlcpy(pass.user_id, TextDatumGetCString(SPI_getbinval(last->row, last->tupdesc, 1, &isnull)), sizeof(pass.user_id));
+}
+
+/* kv_sealed_key_convert for one kind; *first is the first error that one was noted for. */
+static int
+convert_kind(size_t kind, int max, bool all, ErrorData **first)
+{
+	int			n = (int) find_boxes(kind, max, all);
+	SPITupleTable *rows = SPI_tuptable;
+	BoxRow		box = {&kinds[kind], NULL, n > 0 ? rows->tupdesc : NULL};
+
+	for (int i = 0; i < n; i++)
+	{
+		ErrorData  *error;
+
+		box.row = rows->vals[i];
+		error = try_convert(&box);
+		*first = *first ? *first : error;
+	}
+	if (all && n == max)
+		advance_pass(&box);
+	return n;
 }
 
 /*
@@ -282,25 +334,14 @@ int
 kv_sealed_key_convert(int max, bool all, bool *failed)
 {
 	KvOwnerScope scope;
-	BoxRow		box = {NULL};
 	ErrorData  *first = NULL;
-	SPITupleTable *rows;
-	int			n;
+	int			n = 0;
 
 	kv_owner_begin(&scope);
-	n = (int) find_boxes(max, all);
-	rows = SPI_tuptable;
-	box.tupdesc = rows->tupdesc;
-	for (int i = 0; i < n; i++)
-	{
-		ErrorData  *error;
-
-		box.row = rows->vals[i];
-		error = try_convert(&box);
-		first = first ? first : error;
-	}
-	if (all)
-		advance_pass(n == max ? &box : NULL);
+	for (size_t kind = all ? pass.kind : 0; kind < lengthof(kinds) && n < max; kind++)
+		n += convert_kind(kind, max - n, all, &first);
+	if (all && n < max)
+		memset(&pass, 0, sizeof(pass));
 	if (first)
 		ereport(WARNING,
 				(errcode(first->sqlerrcode), errmsg("sealed keys cannot be opened: %s", first->message),
