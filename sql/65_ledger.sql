@@ -107,7 +107,13 @@ BEGIN ATOMIC
      CROSS JOIN LATERAL (VALUES
            ('total credits_used', s.usage, s.used), ('total credits_held', s.holds, s.held),
            ('total extra_credits', s.extra, s.extra_credits), ('total extra_spent', s.spent, s.extra_spent)) t(what, expected, found)
-     WHERE t.expected IS DISTINCT FROM t.found;
+     WHERE t.expected IS DISTINCT FROM t.found
+     UNION ALL
+    -- Of a day or month that is over nothing counts any more.
+    SELECT g.user_id, concat_ws(' ', 'budget', g.scope, nullif(g.target, ''), g.unit, 'per', g.per), u.amount, g.spent
+      FROM keyvault.credit_budgets g
+     CROSS JOIN LATERAL (SELECT keyvault._budget_used(g, g.window_start) + g.spent_apart) u(amount)
+     WHERE g.window_start = keyvault._budget_window(g) AND u.amount <> g.spent;
 END;
 COMMENT ON FUNCTION keyvault._ledger() IS 'verify_ledger, as far as row-level security lets its caller read.';
 
@@ -124,7 +130,7 @@ BEGIN
     RETURN QUERY SELECT l.user_id, l.what, l.expected, l.found FROM keyvault._ledger() l;
 END $$;
 COMMENT ON FUNCTION keyvault.verify_ledger() IS
-    'Proves every balance, and their totals (user_id NULL), from usage records, grants, holds and closed periods: what does not agree, expected from the rows and found in the balance. No rows: sound. It reads all usage. Error: 42501 without access admin or analyst.';
+    'Proves every balance, and their totals (user_id NULL), from usage records, grants, holds and closed periods, and what is spent of every budget: what does not agree, expected from the rows and found in the balance or budget. No rows: sound. It reads all usage. Error: 42501 without access admin or analyst.';
 
 CREATE FUNCTION keyvault.balance_at(user_id text, at timestamptz)
     RETURNS TABLE (plan text, period_start timestamptz, period_end timestamptz, monthly_credits numeric, extra_credits numeric,

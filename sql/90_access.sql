@@ -11,9 +11,9 @@ DECLARE
     admin_functions text[] := '{upsert_user, set_plan, suspend_user, resume_user, erase_user, rotate_data_key, rotate_data_keys, store_platform_key, delete_platform_key, reconcile_request, unknown_requests}';
     credit_functions text[] := CASE access
         WHEN 'app' THEN '{record_usage, reserve_credits, settle_credits, release_credits, grant_credits, refund_usage, set_budget}'
-        WHEN 'admin' THEN '{grant_credits, refund_usage, set_budget, reset_due_credits, verify_ledger, _ledger}'
-        WHEN 'analyst' THEN '{verify_ledger, _ledger}' END::text[]
-        || '{_balance_now, _in_budget, _budget_window, _budget_held, balance_at, explain_balance}'::text[];
+        WHEN 'admin' THEN '{grant_credits, refund_usage, set_budget, reset_due_credits, verify_ledger, _ledger, _budget_used}'
+        WHEN 'analyst' THEN '{verify_ledger, _ledger, _budget_used}' END::text[]
+        || '{_balance_now, _in_budget, _model_family, _budget_window, _budget_held, balance_at, explain_balance}'::text[];
     routines text[];
     member text;
 BEGIN

@@ -1267,10 +1267,11 @@ CREATE TABLE keyvault.credit_budgets (
     per          text NOT NULL CHECK (per IN ('day', 'month')),
     unit         text NOT NULL CHECK (unit IN ('credits', 'usd')),
     amount       numeric(18,6) NOT NULL CHECK (amount >= 0 AND amount < 'Infinity'),
-    spent        numeric(18,6) NOT NULL DEFAULT 0,
+    spent        numeric(24,9) NOT NULL DEFAULT 0,
     window_start timestamptz NOT NULL,
     created_at   timestamptz NOT NULL DEFAULT now(),
     updated_at   timestamptz NOT NULL DEFAULT now(),
+    spent_apart  numeric(24,9) NOT NULL DEFAULT 0,
     PRIMARY KEY (user_id, id),
     CONSTRAINT credit_budgets_target UNIQUE (user_id, scope, target, per, unit),
     CHECK ((scope = 'user') = (target = ''))
@@ -1286,7 +1287,9 @@ COMMENT ON COLUMN keyvault.credit_budgets.target IS 'The member_id, issued_key_i
 
 COMMENT ON COLUMN keyvault.credit_budgets.unit IS 'credits, or usd: provider cost, cost_usd of usage records.';
 
-COMMENT ON COLUMN keyvault.credit_budgets.spent IS 'Spent since window_start; nothing once that day or month is over.';
+COMMENT ON COLUMN keyvault.credit_budgets.spent IS 'Spent since window_start, to the nine decimal places of cost_usd; nothing once that day or month is over.';
+COMMENT ON COLUMN keyvault.credit_budgets.spent_apart IS
+    'The part of spent that is for records with a created_at before window_start, less what those with a later one were counted for in an earlier day or month: the proof of spent.';
 
 SELECT pg_catalog.pg_extension_config_dump('keyvault.credit_budgets', '');
 
@@ -1338,6 +1341,21 @@ REVOKE ALL ON FUNCTION keyvault._budget_held(budget keyvault.credit_budgets) FRO
 
 COMMENT ON FUNCTION keyvault._budget_held(keyvault.credit_budgets) IS 'What open holds set aside of a budget, in its unit.';
 
+CREATE FUNCTION keyvault._budget_used(budget keyvault.credit_budgets, since timestamptz, except_tag bigint = NULL) RETURNS numeric
+    LANGUAGE plpgsql STABLE
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    RETURN (SELECT coalesce(sum(CASE budget.unit WHEN 'usd' THEN r.cost_usd ELSE r.credits END), 0)
+              FROM keyvault.usage_records r
+             WHERE r.user_id = budget.user_id AND r.created_at >= since AND r.debit_tag IS DISTINCT FROM except_tag
+               AND keyvault._in_budget(budget, r.model, r.issued_key_id, r.member_id));
+END $$;
+REVOKE ALL ON FUNCTION keyvault._budget_used(budget keyvault.credit_budgets, since timestamptz, except_tag bigint) FROM PUBLIC;
+
+COMMENT ON FUNCTION keyvault._budget_used(keyvault.credit_budgets, timestamptz, bigint) IS
+    'What usage records with a created_at of since or later come to in a budget, in its unit, without those with the debit_tag except_tag.';
+
 CREATE FUNCTION keyvault._require_budget(budget keyvault.credit_budgets, amount numeric) RETURNS void
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
@@ -1386,7 +1404,7 @@ COMMENT ON FUNCTION keyvault._check_budgets(text, text, uuid, text, numeric, num
     'Sees that a use fits into its user''s budgets. The caller holds the balance''s row lock. Error: KV001.';
 
 CREATE FUNCTION keyvault._rows_owed(user_id text)
-    RETURNS TABLE (model text, issued_key_id uuid, member_id text, credits numeric, cost_usd numeric, settled boolean)
+    RETURNS TABLE (model text, issued_key_id uuid, member_id text, credits numeric, cost_usd numeric, created_at timestamptz, settled boolean)
     LANGUAGE c VOLATILE PARALLEL UNSAFE STRICT
     AS 'MODULE_PATHNAME', 'keyvault_rows_owed';
 REVOKE ALL ON FUNCTION keyvault._rows_owed(user_id text) FROM PUBLIC;
@@ -1400,21 +1418,29 @@ CREATE FUNCTION keyvault._charge_budgets(user_id text) RETURNS void
 AS $$
 DECLARE
     budget keyvault.credit_budgets;
+    begins timestamptz;
     added numeric;
     settled numeric;
+    apart numeric;
 BEGIN
     FOR budget IN SELECT * FROM keyvault.credit_budgets g WHERE g.user_id = $1 ORDER BY g.id LOOP
-        SELECT coalesce(sum(u.amount) FILTER (WHERE NOT u.settled), 0), coalesce(sum(u.amount) FILTER (WHERE u.settled), 0)
-          INTO added, settled
-          FROM (SELECT CASE budget.unit WHEN 'usd' THEN r.cost_usd ELSE r.credits END AS amount, r.settled
+        begins := keyvault._budget_window(budget);
+        SELECT coalesce(sum(u.amount) FILTER (WHERE NOT u.settled), 0), coalesce(sum(u.amount) FILTER (WHERE u.settled), 0),
+               coalesce(sum(u.amount) FILTER (WHERE u.created_at < begins), 0)
+          INTO added, settled, apart
+          FROM (SELECT CASE budget.unit WHEN 'usd' THEN r.cost_usd ELSE r.credits END AS amount, r.settled, r.created_at
                   FROM keyvault._rows_owed($1) r
                  WHERE keyvault._in_budget(budget, r.model, r.issued_key_id, r.member_id)) u;
         -- What was reserved has happened: it is counted, not refused.
         PERFORM keyvault._require_budget(budget, added);
         IF added + settled > 0 THEN
+            IF budget.window_start < begins THEN
+                -- What this transaction inserted is counted from here on.
+                budget.spent := 0;
+                budget.spent_apart := -keyvault._budget_used(budget, begins, keyvault._debit_tag());
+            END IF;
             UPDATE keyvault.credit_budgets g
-               SET spent = added + settled + CASE WHEN keyvault._budget_window(budget) = budget.window_start THEN budget.spent ELSE 0 END,
-                   window_start = keyvault._budget_window(budget)
+               SET spent = budget.spent + added + settled, spent_apart = budget.spent_apart + apart, window_start = begins
              WHERE g.user_id = $1 AND g.id = budget.id;
         END IF;
     END LOOP;
@@ -1456,10 +1482,7 @@ BEGIN
         RETURNING * INTO budget;
         IF budget.created_at = budget.updated_at THEN
             -- What this day or month has seen already counts.
-            UPDATE keyvault.credit_budgets g
-               SET spent = (SELECT coalesce(sum(CASE $4 WHEN 'usd' THEN r.cost_usd ELSE r.credits END), 0) FROM keyvault.usage_records r
-                             WHERE r.user_id = $1 AND r.created_at >= budget.window_start
-                               AND keyvault._in_budget(budget, r.model, r.issued_key_id, r.member_id))
+            UPDATE keyvault.credit_budgets g SET spent = keyvault._budget_used(budget, budget.window_start), spent_apart = 0
              WHERE g.user_id = $1 AND g.id = budget.id;
         END IF;
     END IF;
@@ -4043,7 +4066,13 @@ BEGIN ATOMIC
      CROSS JOIN LATERAL (VALUES
            ('total credits_used', s.usage, s.used), ('total credits_held', s.holds, s.held),
            ('total extra_credits', s.extra, s.extra_credits), ('total extra_spent', s.spent, s.extra_spent)) t(what, expected, found)
-     WHERE t.expected IS DISTINCT FROM t.found;
+     WHERE t.expected IS DISTINCT FROM t.found
+     UNION ALL
+    -- Of a day or month that is over nothing counts any more.
+    SELECT g.user_id, concat_ws(' ', 'budget', g.scope, nullif(g.target, ''), g.unit, 'per', g.per), u.amount, g.spent
+      FROM keyvault.credit_budgets g
+     CROSS JOIN LATERAL (SELECT keyvault._budget_used(g, g.window_start) + g.spent_apart) u(amount)
+     WHERE g.window_start = keyvault._budget_window(g) AND u.amount <> g.spent;
 END;
 REVOKE ALL ON FUNCTION keyvault._ledger() FROM PUBLIC;
 
@@ -4064,7 +4093,7 @@ END $$;
 REVOKE ALL ON FUNCTION keyvault.verify_ledger() FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault.verify_ledger() IS
-    'Proves every balance, and their totals (user_id NULL), from usage records, grants, holds and closed periods: what does not agree, expected from the rows and found in the balance. No rows: sound. It reads all usage. Error: 42501 without access admin or analyst.';
+    'Proves every balance, and their totals (user_id NULL), from usage records, grants, holds and closed periods, and what is spent of every budget: what does not agree, expected from the rows and found in the balance or budget. No rows: sound. It reads all usage. Error: 42501 without access admin or analyst.';
 
 CREATE FUNCTION keyvault.balance_at(user_id text, at timestamptz)
     RETURNS TABLE (plan text, period_start timestamptz, period_end timestamptz, monthly_credits numeric, extra_credits numeric,
@@ -4496,9 +4525,9 @@ DECLARE
     admin_functions text[] := '{upsert_user, set_plan, suspend_user, resume_user, erase_user, rotate_data_key, rotate_data_keys, store_platform_key, delete_platform_key, reconcile_request, unknown_requests}';
     credit_functions text[] := CASE access
         WHEN 'app' THEN '{record_usage, reserve_credits, settle_credits, release_credits, grant_credits, refund_usage, set_budget}'
-        WHEN 'admin' THEN '{grant_credits, refund_usage, set_budget, reset_due_credits, verify_ledger, _ledger}'
-        WHEN 'analyst' THEN '{verify_ledger, _ledger}' END::text[]
-        || '{_balance_now, _in_budget, _budget_window, _budget_held, balance_at, explain_balance}'::text[];
+        WHEN 'admin' THEN '{grant_credits, refund_usage, set_budget, reset_due_credits, verify_ledger, _ledger, _budget_used}'
+        WHEN 'analyst' THEN '{verify_ledger, _ledger, _budget_used}' END::text[]
+        || '{_balance_now, _in_budget, _model_family, _budget_window, _budget_held, balance_at, explain_balance}'::text[];
     routines text[];
     member text;
 BEGIN

@@ -115,11 +115,12 @@ enum
 	MEMBER_ID,
 	CREDITS,
 	COST_USD,
+	CREATED_AT,
 	HOLD_ID,
 	COLUMNS
 };
 
-static const char *const columns[COLUMNS] = {"model", "issued_key_id", "member_id", "credits", "cost_usd", "hold_id"};
+static const char *const columns[COLUMNS] = {"model", "issued_key_id", "member_id", "credits", "cost_usd", "created_at", "hold_id"};
 
 /* Put a row that belongs to the user into the result. */
 static void
