@@ -15,7 +15,7 @@ CREATE TABLE keyvault.plans (
                     CHECK (unknown_model_usd_per_mtok > 0 AND unknown_model_usd_per_mtok < 'Infinity'),
     notice_percents integer[] NOT NULL DEFAULT '{50,80,100}' CHECK (1 <= ALL (notice_percents) AND 100 >= ALL (notice_percents)),
     unknown_outcome text NOT NULL DEFAULT 'release' CHECK (unknown_outcome IN ('release', 'charge')),
-    credits_changed_at timestamptz DEFAULT now()
+    credits_changed_at timestamptz DEFAULT clock_timestamp()
 );
 COMMENT ON TABLE keyvault.plans IS 'What a user may spend in a month, and what provider cost is worth in credits.';
 COMMENT ON COLUMN keyvault.plans.monthly_credits IS 'Credits per period; NULL is unlimited. A change reaches each user at the next period or set_plan.';
@@ -50,7 +50,7 @@ CREATE FUNCTION keyvault._keep_used_plan() RETURNS trigger
 AS $$
 BEGIN
     IF TG_OP = 'UPDATE' AND NEW.monthly_credits IS DISTINCT FROM OLD.monthly_credits THEN
-        NEW.credits_changed_at := now();
+        NEW.credits_changed_at := clock_timestamp();
     END IF;
     -- A seed that gives way to an inserted row of the same name is replaced, not deleted.
     IF pg_trigger_depth() > 1 OR (TG_OP = 'UPDATE' AND NEW.plan = OLD.plan) THEN

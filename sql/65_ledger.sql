@@ -76,8 +76,8 @@ BEGIN ATOMIC
                CASE WHEN pl.overage = 'block' THEN b.monthly_credits + b.extra_credits END AS credits_limit,
                b.credits_used AS current_used, CASE WHEN b.monthly_credits IS NOT NULL THEN b.credits_lent END AS lent,
                b.slots_credits, coalesce(u.recorded, 0) AS recorded, coalesce(d.credits, 0) AS added_up, b.monthly_credits,
-               -- A plan's change reaches a user at the next period.
-               CASE WHEN pl.plan IS NOT NULL AND b.period_start >= coalesce(pl.credits_changed_at, '-infinity')
+               -- A plan's change reaches a user at the next period; at the one after, if that begins before the change is committed.
+               CASE WHEN pl.plan IS NOT NULL AND b.period_start >= coalesce(pl.credits_changed_at + interval '1 day', '-infinity')
                     THEN coalesce(us.monthly_credits, pl.monthly_credits) + b.credits_covered ELSE b.monthly_credits END AS agreed
           FROM usage u
           FULL JOIN balance b ON b.user_id = u.user_id

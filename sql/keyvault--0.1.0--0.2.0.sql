@@ -25,8 +25,8 @@ ALTER TABLE keyvault.plans ADD COLUMN unknown_model_usd_per_mtok numeric(18,9) N
 ALTER TABLE keyvault.plans ADD COLUMN notice_percents integer[] NOT NULL DEFAULT '{50,80,100}' CHECK (1 <= ALL (notice_percents) AND 100 >= ALL (notice_percents));
 ALTER TABLE keyvault.plans ADD COLUMN unknown_outcome text NOT NULL DEFAULT 'release' CHECK (unknown_outcome IN ('release', 'charge'));
 ALTER TABLE keyvault.plans ADD COLUMN credits_changed_at timestamptz;
-ALTER TABLE keyvault.plans ALTER COLUMN credits_changed_at SET DEFAULT now();
-UPDATE keyvault.plans SET credits_changed_at = now() WHERE NOT seeded;
+ALTER TABLE keyvault.plans ALTER COLUMN credits_changed_at SET DEFAULT clock_timestamp();
+UPDATE keyvault.plans SET credits_changed_at = clock_timestamp() WHERE NOT seeded;
 
 COMMENT ON COLUMN keyvault.plans.credits_changed_at IS 'When monthly_credits last changed: periods that began before it may have others. NULL: as shipped.';
 
@@ -36,7 +36,7 @@ CREATE OR REPLACE FUNCTION keyvault._keep_used_plan() RETURNS trigger
 AS $$
 BEGIN
     IF TG_OP = 'UPDATE' AND NEW.monthly_credits IS DISTINCT FROM OLD.monthly_credits THEN
-        NEW.credits_changed_at := now();
+        NEW.credits_changed_at := clock_timestamp();
     END IF;
     -- A seed that gives way to an inserted row of the same name is replaced, not deleted.
     IF pg_trigger_depth() > 1 OR (TG_OP = 'UPDATE' AND NEW.plan = OLD.plan) THEN
@@ -4035,8 +4035,8 @@ BEGIN ATOMIC
                CASE WHEN pl.overage = 'block' THEN b.monthly_credits + b.extra_credits END AS credits_limit,
                b.credits_used AS current_used, CASE WHEN b.monthly_credits IS NOT NULL THEN b.credits_lent END AS lent,
                b.slots_credits, coalesce(u.recorded, 0) AS recorded, coalesce(d.credits, 0) AS added_up, b.monthly_credits,
-               -- A plan's change reaches a user at the next period.
-               CASE WHEN pl.plan IS NOT NULL AND b.period_start >= coalesce(pl.credits_changed_at, '-infinity')
+               -- A plan's change reaches a user at the next period; at the one after, if that begins before the change is committed.
+               CASE WHEN pl.plan IS NOT NULL AND b.period_start >= coalesce(pl.credits_changed_at + interval '1 day', '-infinity')
                     THEN coalesce(us.monthly_credits, pl.monthly_credits) + b.credits_covered ELSE b.monthly_credits END AS agreed
           FROM usage u
           FULL JOIN balance b ON b.user_id = u.user_id
