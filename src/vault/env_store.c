@@ -8,12 +8,16 @@
  * again when they have it: of several sessions, or servers, none overwrites another's
  * change. Symbolic links are followed, and stay. All that can fail is done before the
  * transaction commits; the new file takes its place right after.
+ *
+ * Until then the writer holds a lock on the new file as well: one that nobody holds was left
+ * by a process that was killed, and the next writer removes it, for it has keys in it.
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
 
 #include "vault/env_store.h"
 
+#include <dirent.h>
 #include <fcntl.h>
 #include <sys/file.h>
 #include <sys/stat.h>
@@ -26,14 +30,19 @@
 
 #define FILE_SIZE_MAX	(1024 * 1024)
 #define LOCK_RETRY_US	10000
+#define LOCK_TRIES_MAX	100
 
-/* The file that is to take the place of another when this transaction commits, and the lock on that; gone when it ends. */
+/* Between the name of a file and the number of the process that writes another beside it. */
+#define TEMPORARY_INFIX ".keyvault-"
+
+/* The file that is to take the place of another when this transaction commits, and the locks on both; gone when it ends. */
 static struct
 {
 	bool		is_written;
 	char		path[MAXPGPATH];
 	char		temporary[MAXPGPATH + 32];
 	int			fd;
+	int			temporary_fd;
 }			ready;
 
 static void
@@ -198,25 +207,88 @@ write_all(const char *path, int fd, const KvEnvContents *contents)
 		raise_file_error(path, "fsync");
 }
 
-/* Write new contents to a file beside the one that old_fd is. */
+/* Is it the name of a file that a writer of this one makes? */
+static bool
+is_temporary_name(const char *name, const char *file)
+{
+	Size		length = strlen(file);
+	const char *number = name + length + strlen(TEMPORARY_INFIX);
+
+	return strncmp(name, file, length) == 0 && strncmp(name + length, TEMPORARY_INFIX, strlen(TEMPORARY_INFIX)) == 0 &&
+		*number && number[strspn(number, "0123456789")] == '\0';
+}
+
+/* Remove a file that a writer left, unless one has it, or it is none of the server's own. */
 static void
+remove_left(const char *path)
+{
+	struct stat status;
+	int			fd = OpenTransientFile(path, O_RDONLY | O_NONBLOCK | O_NOFOLLOW | PG_BINARY);
+
+	if (fd < 0)
+		return;
+	if (fstat(fd, &status) == 0 && S_ISREG(status.st_mode) && status.st_uid == geteuid() &&
+		flock(fd, LOCK_EX | LOCK_NB) == 0 && is_current(path, fd) && unlink(path) == 0)
+		ereport(LOG,
+				(errmsg("removed \"%s\": a process that was killed while it wrote the .env file left it", path)));
+	CloseTransientFile(fd);
+}
+
+/* Remove what writers left beside the file. That this fails keeps nobody from writing. */
+static void
+remove_all_left(const char *path)
+{
+	char		directory[MAXPGPATH];
+	const char *file = last_dir_separator(path) + 1;
+	struct dirent *entry;
+	DIR		   *dir;
+
+	strlcpy(directory, path, sizeof(directory));
+	get_parent_directory(directory);
+	dir = AllocateDir(directory);
+	while (dir && (entry = ReadDirExtended(dir, directory, LOG)) != NULL)
+	{
+		CHECK_FOR_INTERRUPTS();
+		if (is_temporary_name(entry->d_name, file))
+			remove_left(psprintf("%s/%s", directory, entry->d_name));
+	}
+	if (dir)
+		FreeDir(dir);
+}
+
+/* Make a file beside the one that is to be replaced, with a lock on it from when it has something in it. */
+static int
+create_beside(const char *temporary)
+{
+	for (int tries = 0;; tries++)
+	{
+		int			fd = OpenTransientFilePerm(temporary, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | PG_BINARY, S_IRUSR | S_IWUSR);
+
+		if (fd < 0 && (errno != EEXIST || tries == 0 || tries > LOCK_TRIES_MAX))
+			raise_file_error(temporary, "create");
+		if (fd >= 0 && flock(fd, LOCK_EX | LOCK_NB) == 0 && is_current(temporary, fd))
+			return fd;
+		/* Another writer takes it for one that was left, and removes it. */
+		if (fd >= 0)
+			CloseTransientFile(fd);
+		CHECK_FOR_INTERRUPTS();
+		pg_usleep(LOCK_RETRY_US);
+	}
+}
+
+/* Write new contents to a file beside the one that old_fd is; returns it open, and locked. */
+static int
 write_beside(const char *temporary, int old_fd, const KvEnvContents *contents)
 {
 	struct stat old;
-	int			fd;
+	int			fd = create_beside(temporary);
 
-	/* One that a crash left, by a process of the same number. */
-	(void) unlink(temporary);
-	fd = OpenTransientFilePerm(temporary, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | PG_BINARY, S_IRUSR | S_IWUSR);
-	if (fd < 0)
-		raise_file_error(temporary, "create");
 	PG_TRY();
 	{
 		/* Where the server may give files away, the owner keeps it. */
 		if (fstat(old_fd, &old) != 0 || (fchown(fd, old.st_uid, old.st_gid) != 0 && errno != EPERM))
 			raise_file_error(temporary, "examine");
 		write_all(temporary, fd, contents);
-		CloseTransientFile(fd);
 	}
 	PG_CATCH();
 	{
@@ -224,6 +296,7 @@ write_beside(const char *temporary, int old_fd, const KvEnvContents *contents)
 		PG_RE_THROW();
 	}
 	PG_END_TRY();
+	return fd;
 }
 
 /*
@@ -237,6 +310,7 @@ kv_env_store_prepare(const char *path, KvEnvEdit edit, void *arg)
 	int			fd = open_locked(real);
 	KvEnvContents contents;
 
+	remove_all_left(real);
 	read_contents(real, fd, &contents);
 	if (!edit(&contents, arg))
 	{
@@ -244,9 +318,9 @@ kv_env_store_prepare(const char *path, KvEnvEdit edit, void *arg)
 		return;
 	}
 	strlcpy(ready.path, real, sizeof(ready.path));
-	snprintf(ready.temporary, sizeof(ready.temporary), "%s.keyvault-%d", real, MyProcPid);
+	snprintf(ready.temporary, sizeof(ready.temporary), "%s" TEMPORARY_INFIX "%d", real, MyProcPid);
 	ready.fd = fd;
-	write_beside(ready.temporary, fd, &contents);
+	ready.temporary_fd = write_beside(ready.temporary, fd, &contents);
 	ready.is_written = true;
 }
 
@@ -270,6 +344,7 @@ kv_env_store_finish(bool replace)
 				 errdetail("What the transaction changed is in the database alone.")));
 		(void) unlink(ready.temporary);
 	}
+	CloseTransientFile(ready.temporary_fd);
 	CloseTransientFile(ready.fd);
 	strlcpy(directory, ready.path, sizeof(directory));
 	get_parent_directory(directory);

@@ -1,6 +1,7 @@
 # Development mode: default keys are those of a .env file, in every way such a file can be written, and be hostile.
 use strict;
 use warnings FATAL => 'all';
+use Fcntl qw(:flock);
 use IPC::Run ();
 use JSON::PP ();
 use PostgreSQL::Test::Utils;
@@ -12,7 +13,7 @@ my $env = "$directory/.env";
 my $port = start_mock();
 delete $ENV{DEBUG};
 local $ENV{DEPLOY_ENV} = 'production';
-my $node = new_node('development', conf => "log_min_messages = debug1\nkeyvault.env_file = '$env'\n");
+my $node = new_node('development', conf => "log_min_messages = debug1\nwal_level = replica\nmax_wal_senders = 1\nkeyvault.env_file = '$env'\n");
 use_mock($node, $port);
 
 sub write_env
@@ -147,6 +148,57 @@ env_is("# mine\nGEMINI_API_KEY=kept-gemini-4\nOTHER=x\nOPENAI_API_KEY=stored-ope
 	$_->quit foreach @skewed;
 	env_is($before, 'and leaves the file alone');
 	is(join(' ', grep { /env\.keyvault-/ } glob "$env*"), '', 'with nothing beside it');
+}
+
+# What a writer leaves that is killed between writing the file and putting it in place: waiting for a standby is between the two.
+{
+	my $beside = sub { return join ' ', map { s/^\Q$env\E//r } sort grep { /env\..*keyvault-/ } glob "$env*" };
+	my $commit = sub {
+		my ($key) = @_;
+		my $writer = $node->background_psql('postgres', on_error_stop => 0);
+		my $pid = $writer->query('SELECT pg_backend_pid()');
+		$writer->query_until(qr/now/, "\\echo now\nSELECT keyvault.store_api_key('gemini', '$key', user_id => 'u');\n");
+		wait_until(sub { $beside->() =~ /\.keyvault-$pid$/ }) or die 'no commit waits';
+		return ($writer, $pid);
+	};
+	set_config($node, 'synchronous_standby_names', 'nobody');
+	my ($writer, $pid) = $commit->('held-gemini-6');
+	local $ENV{PGOPTIONS} = '-c synchronous_commit=local';
+
+	# An editor has replaced the file, and so nobody waits for that writer's lock on the old one.
+	write_env("GEMINI_API_KEY=of-an-editor-6\n");
+	$node->safe_psql('postgres', "SELECT keyvault.store_api_key('exa', 'beside-exa-6', user_id => 'u')");
+	is($beside->(), ".keyvault-$pid", 'a file that a live writer has is left alone');
+	env_is("GEMINI_API_KEY=of-an-editor-6\nEXA_API_KEY=beside-exa-6\n", 'by another, who writes his own');
+	my $before = checkpointer($node);
+	$node->safe_psql('postgres', 'ALTER SYSTEM SET restart_after_crash = on');
+	$node->reload;
+	kill 'KILL', $pid;
+	wait_until(sub { checkpointer($node) !~ /^(|$before)$/ }) or die 'the server does not come back';
+	eval { $writer->quit };
+	is($beside->(), ".keyvault-$pid", 'one that was killed leaves his');
+	like(slurp_file("$env.keyvault-$pid"), qr/held-gemini-6/, 'with a key in it');
+
+	# Nothing else is a writer's.
+	my @others = map { "$env.keyvault-$_" } '', '12a', 'x', '-1', '7', '8', '9', '10';
+	symlink "$directory/elsewhere", "$env.keyvault-8";
+	mkdir "$env.keyvault-7";
+	POSIX::mkfifo("$env.keyvault-9", 0600);
+	append_to_file($_, 'mine') foreach grep { !-p && !-d } @others, "$env.other.keyvault-11";
+	open my $held, '<', "$env.keyvault-10" or die $!;
+	flock $held, LOCK_EX or die $!;
+	append_to_file("$env.keyvault-4000000000", 'left');
+	$node->safe_psql('postgres', "SELECT keyvault.store_api_key('exa', 'after-exa-6', user_id => 'u')");
+	is($beside->(), '.keyvault- .keyvault--1 .keyvault-10 .keyvault-12a .keyvault-7 .keyvault-8 .keyvault-9 .keyvault-x .other.keyvault-11',
+		'the next writer removes what was left, and only that');
+	is(slurp_file("$directory/elsewhere"), 'mine', 'and follows no link');
+	ok(in_log("removed \"$env.keyvault-$pid\""), 'which the log tells');
+	close $held;
+	$node->safe_psql('postgres', "SELECT keyvault.delete_api_key('exa', user_id => 'u')");
+	unlike($beside->(), qr/-10 /, 'what somebody had goes when he has it no longer');
+	rmdir "$env.keyvault-7";
+	unlink "$directory/elsewhere", "$env.other.keyvault-11", @others;
+	set_config($node, 'synchronous_standby_names', undef);
 }
 
 # How files are written.
