@@ -4107,6 +4107,8 @@ DECLARE
     p keyvault.credit_periods;
     covered numeric := 0;
     number integer;
+    last_day date := ($2 AT TIME ZONE 'UTC')::date;
+    divided record;
 BEGIN
     SELECT * INTO b FROM keyvault.credit_balances c WHERE c.user_id = $1 AND c.slot = 0;
     IF NOT FOUND OR $2 < b.period_anchor THEN
@@ -4133,7 +4135,16 @@ BEGIN
      WHERE r.user_id = $1 AND r.created_at >= period_start AND r.created_at <= $2;
     -- Of records that are gone there are the sums of days; a day counts once it is over.
     SELECT credits_used + coalesce(sum(r.credits), 0) INTO credits_used FROM keyvault.usage_retired r
-     WHERE r.user_id = $1 AND r.day >= (period_start AT TIME ZONE 'UTC')::date AND r.day < ($2 AT TIME ZONE 'UTC')::date;
+     WHERE r.user_id = $1 AND r.day >= (period_start AT TIME ZONE 'UTC')::date AND r.day < last_day;
+    FOR divided IN SELECT r.day, sum(r.credits) AS credits FROM keyvault.usage_retired r
+                    WHERE r.user_id = $1 AND r.day IN ((period_start AT TIME ZONE 'UTC')::date, last_day)
+                      AND r.day::timestamp NOT IN (period_start AT TIME ZONE 'UTC', $2 AT TIME ZONE 'UTC')
+                    GROUP BY r.day HAVING sum(r.credits) > 0 ORDER BY r.day LOOP
+        RAISE NOTICE 'usage of user "%" on % is a sum of % credits, which %', $1, to_char(divided.day, 'YYYY-MM-DD'), trim_scale(divided.credits),
+            CASE divided.day WHEN last_day THEN 'is not counted' ELSE 'is counted whole' END
+            USING DETAIL = CASE divided.day WHEN last_day THEN 'The day was not over at that time; its records are retired.'
+                                            ELSE 'The period began within that day; its records are retired.' END;
+    END LOOP;
     SELECT coalesce(sum(g.amount - CASE WHEN g.expires_at <= $2 THEN g.expired ELSE 0 END), 0) INTO extra_credits
       FROM keyvault.credit_grants g WHERE g.user_id = $1 AND g.created_at <= $2;
     SELECT extra_credits - coalesce(sum(c.extra_spent), 0) INTO extra_credits
@@ -4150,7 +4161,7 @@ END $$;
 REVOKE ALL ON FUNCTION keyvault.balance_at(user_id text, at timestamptz) FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault.balance_at(text, timestamptz) IS
-    'A user''s plan, period and credits as of a time, from usage records by created_at, sums of retired days that were over, grants and closed periods; holds of that time are not kept. NULL monthly_credits and credits_remaining were unlimited. No row before the user''s first period. The acting user''s, every user''s for access analyst or admin.';
+    'A user''s plan, period and credits as of a time, from usage records by created_at, sums of retired days that were over, grants and closed periods; holds of that time are not kept. A NOTICE says so when a retired day was divided by that time, and its sum is not counted, or by the period''s start, and it is counted whole. NULL monthly_credits and credits_remaining were unlimited. No row before the user''s first period. The acting user''s, every user''s for access analyst or admin.';
 
 CREATE FUNCTION keyvault.explain_balance(user_id text = NULL) RETURNS TABLE (item text, credits numeric, note text)
     LANGUAGE plpgsql STABLE

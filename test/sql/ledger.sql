@@ -97,6 +97,15 @@ SELECT keyvault._retire_usage('2019-03-01 00:00+00'), keyvault._retire_usage('20
 DROP TABLE keyvault.usage_records_2019_01;
 SELECT count(*) FROM keyvault.usage_records WHERE user_id = 'le_h';
 SELECT * FROM pg_temp.was EXCEPT SELECT * FROM before;
+-- of a day there is one sum: where a time, or a period's start, divides it, that is said
+\set VERBOSITY default
+SELECT t, b.credits_used::float AS used FROM unnest('{2019-01-20 12:00+00, 2019-01-21 00:00+00, 2019-01-21 12:00+00}'::timestamptz[]) t, keyvault.balance_at('le_h', t) b;
+SAVEPOINT a;
+UPDATE keyvault.credit_balances SET period_anchor = '2019-01-10 12:00+00' WHERE user_id = 'le_h';
+SELECT b.credits_used::float AS used FROM keyvault.balance_at('le_h', '2019-02-10 15:00+00') b;
+SELECT b.credits_used::float AS used FROM keyvault.balance_at('le_h', '2019-02-12 00:00+00') b;
+ROLLBACK TO a;
+\set VERBOSITY terse
 SELECT * FROM keyvault.verify_ledger() WHERE user_id = 'le_h';
 INSERT INTO keyvault.usage_records (user_id, created_at, credits, debit_tag) VALUES ('le_h', '2019-01-21', 5, 0);
 SELECT keyvault._make_usage_partition('2019-01-01 00:00+00');
