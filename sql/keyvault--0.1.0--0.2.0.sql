@@ -1700,10 +1700,30 @@ COMMENT ON COLUMN keyvault.usage_rollup.tag_span IS 'How many transactions the n
 
 COMMENT ON COLUMN keyvault.usage_rollup.rolled_at IS 'When rolled_to last moved.';
 
-INSERT INTO keyvault.usage_rollup (tag_base, rolled_to)
--- Transactions that have begun already may write records too.
-SELECT base, base + pg_snapshot_xmin(pg_current_snapshot())::text::bigint
-  FROM (SELECT (1 + floor(random() * 32766))::bigint << 48) b(base);
+CREATE FUNCTION keyvault._begin_rollup() RETURNS keyvault.usage_rollup
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    state keyvault.usage_rollup;
+BEGIN
+    -- Who writes records has ended, or has not begun: no record of the tags of before comes after this.
+    LOCK TABLE keyvault.usage_records IN SHARE ROW EXCLUSIVE MODE;
+    -- Not DELETE: processes that know the row hear that the table has changed, and read it again.
+    TRUNCATE keyvault.usage_rollup;
+    INSERT INTO keyvault.usage_rollup (tag_base, rolled_to)
+    -- Transactions that have begun already may write records too.
+    SELECT b.base, b.base + pg_snapshot_xmin(pg_current_snapshot())::text::bigint
+      FROM (SELECT (1 + floor(random() * 32766))::bigint << 48) b(base)
+    RETURNING * INTO state;
+    RETURN state;
+END $$;
+REVOKE ALL ON FUNCTION keyvault._begin_rollup() FROM PUBLIC;
+
+COMMENT ON FUNCTION keyvault._begin_rollup() IS
+    'Makes the row of usage_rollup, with a new tag_base, and returns it: when the extension is made, and for rebuild_usage_daily, which adds up what has other tags.';
+
+SELECT keyvault._begin_rollup();
 
 CREATE TABLE keyvault.usage_daily (
     user_id         text COLLATE "C" NOT NULL,
@@ -1936,7 +1956,10 @@ DECLARE
     state keyvault.usage_rollup;
     stored bigint;
 BEGIN
-    SELECT * INTO STRICT state FROM keyvault.usage_rollup FOR UPDATE;
+    SELECT * INTO state FROM keyvault.usage_rollup FOR UPDATE;
+    IF NOT FOUND THEN
+        state := keyvault._begin_rollup();
+    END IF;
     -- Rows that a restore counts while this adds up would be counted twice.
     LOCK TABLE keyvault.usage_late IN SHARE ROW EXCLUSIVE MODE;
     DELETE FROM keyvault.usage_late;
@@ -1954,7 +1977,7 @@ END $$;
 REVOKE ALL ON FUNCTION keyvault.rebuild_usage_daily() FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault.rebuild_usage_daily() IS
-    'Adds usage up from usage_records anew and returns the number of rows in usage_daily: after records came or went behind the triggers'' back, as by pg_restore --disable-triggers or ATTACH PARTITION of a table with rows. A superuser calls it, in READ COMMITTED. Error: 42501.';
+    'Adds usage up from usage_records anew and returns the number of rows in usage_daily: after records came or went behind the triggers'' back, as by pg_restore --disable-triggers or ATTACH PARTITION of a table with rows, or when usage_rollup has lost its row, which is made again. A superuser calls it, in READ COMMITTED. Error: 42501.';
 
 -- A debit_tag of 0.1.0 is a hash, or a bare transaction id while the library was newer than the SQL. Hashes that would
 -- pass for tags of this installation are made negative, which its tags never are.

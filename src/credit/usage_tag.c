@@ -28,9 +28,10 @@ PG_FUNCTION_INFO_V1(keyvault_fresh_until);
 #define ROLLUP_TAG_BASE 2
 #define ROLLUP_ROLLED_TO 3
 
-/* What the table with this OID says; its row never changes in that. */
+/* What the table with this OID says, until a table is heard to have changed: _begin_rollup() gives it another row. */
 static Oid	cached_table = InvalidOid;
 static int64 cached_base;
+static uint64 cached_at;
 
 /* The tag of the transaction that asked last; transaction ids are not used twice. */
 static FullTransactionId tagged;
@@ -49,7 +50,7 @@ read_rollup(Oid table_oid, int attribute, Snapshot snapshot)
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 				 errmsg("keyvault.usage_rollup has lost its row"),
-				 errhint("Insert it again, with another tag_base than before, and run keyvault.rebuild_usage_daily().")));
+				 errhint("Run SELECT keyvault.rebuild_usage_daily() as a superuser, which makes it again.")));
 	value = DatumGetInt64(slot_getattr(slot, attribute, &isnull));
 	table_endscan(scan);
 	ExecDropSingleTupleTableSlot(slot);
@@ -77,16 +78,18 @@ static int64
 tag_base(void)
 {
 	Oid			table = rollup_table();
+	uint64		now = kv_catalogue_changes();
 
 	if (!OidIsValid(table))
 		return 0;
-	if (table != cached_table)
+	if (table != cached_table || cached_at != now)
 	{
 		Snapshot	snapshot = RegisterSnapshot(GetLatestSnapshot());
 
 		cached_base = read_rollup(table, ROLLUP_TAG_BASE, snapshot);
 		UnregisterSnapshot(snapshot);
 		cached_table = table;
+		cached_at = now;
 	}
 	return cached_base;
 }
@@ -97,8 +100,8 @@ kv_usage_tag(void)
 {
 	FullTransactionId xid = GetTopFullTransactionId();
 
-	/* Without a base, an update of the extension may have brought one within this transaction. */
-	if (!FullTransactionIdEquals(xid, tagged) || !OidIsValid(cached_table))
+	/* Without a base, an update of the extension may have brought one within this transaction; else a rebuild another. */
+	if (!FullTransactionIdEquals(xid, tagged) || !OidIsValid(cached_table) || cached_at != kv_catalogue_changes())
 	{
 		tag = tag_base() + (int64) (U64FromFullTransactionId(xid) & ((UINT64CONST(1) << KV_USAGE_TAG_XID_BITS) - 1));
 		tagged = xid;
