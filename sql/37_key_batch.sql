@@ -16,4 +16,4 @@ CREATE FUNCTION keyvault.restore_api_keys(lines text) RETURNS bigint
     LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'keyvault_restore_api_keys';
 COMMENT ON FUNCTION keyvault.restore_api_keys(text) IS
-    'Stores the keys of a decrypted recovery bundle in this vault, replacing those of the same names; returns how many. One that store_api_key would not take, or whose user''s data key cannot be opened, is left out with a warning that names line, user and provider. No access includes it. Errors, after which nothing is stored: 22023 a line is none of a bundle''s, KV004 no master key at all, 40001, 42501.';
+    'Stores the keys of a decrypted recovery bundle in this vault, replacing those of the same names; returns how many. One that store_api_key would not take, or whose user''s data key cannot be opened, is left out with a warning that names line and, as far as they are known here, user and provider. No access includes it. Errors, after which nothing is stored: 22023 a line is none of a bundle''s, KV004 no master key at all, 40001, 42501.';

@@ -1,6 +1,6 @@
 /*-------------------------------------------------------------------------
  * secret_json.c
- *		One value out of JSON that holds secrets.
+ *		Values out of JSON that holds secrets.
  *
  * PostgreSQL's parser goes over the text where it is, and each string that it hands out is
  * wiped: after a search the text and what was found are the only copies. Nothing here throws
@@ -108,20 +108,19 @@ scalar(void *arg, char *token, JsonTokenType type)
 	return KV_JSON_ACTION_DONE;
 }
 
-/* Let the parser go over the text; false when it is not JSON. */
+/* Let the parser go over text in an encoding; false when it is not JSON. */
 static bool
-parse(JsonLexContext *lex, Search *search)
+parse(const char *text, Size length, int encoding, JsonSemAction *actions)
 {
-	JsonSemAction actions = {
-		.semstate = search,.array_start = array_start,.array_element_start = element_start,.array_element_end = element_end,
-		.object_field_start = field_start,.object_field_end = field_end,.scalar = scalar,
-	};
 	MemoryContext context = CurrentMemoryContext;
+	JsonLexContext *lex = KvMakeJsonLexContext(text, (int) length, encoding);
 	volatile bool is_json = false;
 
+	/* No string of the text is longer, so that the buffer never moves and leaves a copy behind. */
+	enlargeStringInfo(lex->strval, (int) length + MAX_MULTIBYTE_CHAR_LEN);
 	PG_TRY();
 	{
-		is_json = pg_parse_json(lex, &actions) == JSON_SUCCESS;
+		is_json = pg_parse_json(lex, actions) == JSON_SUCCESS;
 	}
 	PG_CATCH();
 	{
@@ -149,7 +148,10 @@ kv_secret_json_find(const char *text, Size length, const char *path, KvSecretJso
 {
 	Search		search = {.value = value};
 	char	   *rest = pstrdup(path);
-	JsonLexContext *lex;
+	JsonSemAction actions = {
+		.semstate = &search,.array_start = array_start,.array_element_start = element_start,.array_element_end = element_end,
+		.object_field_start = field_start,.object_field_end = field_end,.scalar = scalar,
+	};
 
 	value->string = NULL;
 	value->count = -1;
@@ -157,8 +159,87 @@ kv_secret_json_find(const char *text, Size length, const char *path, KvSecretJso
 		return false;
 	while (rest && search.n_keys < KEYS_MAX)
 		search.keys[search.n_keys++] = strsep(&rest, ".");
-	lex = KvMakeJsonLexContext(text, (int) length, PG_UTF8);
-	/* No string of the text is longer, so that the buffer never moves and leaves a copy behind. */
-	enlargeStringInfo(lex->strval, (int) length + MAX_MULTIBYTE_CHAR_LEN);
-	return parse(lex, &search);
+	return parse(text, length, PG_UTF8, &actions);
+}
+
+/* Fields of the object that the parser is in. */
+typedef struct Fields
+{
+	KvSecretJsonField *fields;
+	int			n;
+	KvSecretJsonField *current; /* the one whose value comes next, or NULL */
+	int			depth;			/* objects and arrays around it */
+	bool		is_object;
+} Fields;
+
+static KvJsonActionResult
+object_opens(void *arg)
+{
+	Fields	   *fields = arg;
+
+	fields->is_object = fields->is_object || fields->depth == 0;
+	fields->depth++;
+	return KV_JSON_ACTION_DONE;
+}
+
+static KvJsonActionResult
+array_opens(void *arg)
+{
+	((Fields *) arg)->depth++;
+	return KV_JSON_ACTION_DONE;
+}
+
+static KvJsonActionResult
+closes(void *arg)
+{
+	((Fields *) arg)->depth--;
+	return KV_JSON_ACTION_DONE;
+}
+
+static KvJsonActionResult
+field_opens(void *arg, char *name, bool isnull)
+{
+	Fields	   *fields = arg;
+
+	fields->current = NULL;
+	if (fields->depth == 1 && fields->is_object)
+		for (int i = 0; i < fields->n; i++)
+			if (strcmp(fields->fields[i].name, name) == 0)
+			{
+				fields->current = &fields->fields[i];
+				fields->current->times++;
+			}
+	return KV_JSON_ACTION_DONE;
+}
+
+static KvJsonActionResult
+field_scalar(void *arg, char *token, JsonTokenType type)
+{
+	Fields	   *fields = arg;
+	Size		length = strlen(token);
+
+	if (fields->current && fields->depth == 1)
+	{
+		fields->current->is_null = type == JSON_TOKEN_NULL;
+		if (type == JSON_TOKEN_STRING)
+			fields->current->string = memcpy(kv_secret_alloc(length + 1), token, length + 1);
+	}
+	kv_secret_wipe(token, length);
+	return KV_JSON_ACTION_DONE;
+}
+
+/*
+ * Read fields of an object in text of the given length in the database's encoding: those with these names, which are
+ * given with all else zeros. False when the text is not a JSON object.
+ */
+bool
+kv_secret_json_read(const char *text, Size length, KvSecretJsonField *fields, int n)
+{
+	Fields		read = {.fields = fields,.n = n};
+	JsonSemAction actions = {
+		.semstate = &read,.object_start = object_opens,.object_end = closes,.array_start = array_opens,.array_end = closes,
+		.object_field_start = field_opens,.scalar = field_scalar,
+	};
+
+	return parse(text, length, GetDatabaseEncoding(), &actions) && read.is_object;
 }

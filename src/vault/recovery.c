@@ -12,11 +12,11 @@
 
 #include "base/argument.h"
 #include "base/error.h"
-#include "base/json_field.h"
 #include "base/owner_spi.h"
 #include "base/pg_version.h"
 #include "base/redaction.h"
 #include "base/secret.h"
+#include "base/secret_json.h"
 #include "base/settings.h"
 #include "base/subtransaction.h"
 #include "catalog/pg_type.h"
@@ -41,6 +41,9 @@ PG_FUNCTION_INFO_V1(keyvault_export_recovery_bundle);
 PG_FUNCTION_INFO_V1(keyvault_restore_api_keys);
 
 #define BUNDLE_SIZE_MIN 8192
+
+/* No line of a bundle is longer: the longest key, name and user_id, all escaped, are a few kB. */
+#define LINE_LENGTH_MAX (256 * 1024)
 
 /* A text that grows in secret memory; as a text value it begins with its length word. */
 typedef struct SecretText
@@ -244,53 +247,105 @@ raise_bad_line(int line, const char *what)
 			 errhint("Pass what a recovery bundle holds when it is decrypted, unchanged.")));
 }
 
-/* A string of a line, in secret memory; NULL for null. */
-static char *
-field_of(Jsonb *object, const char *name, int line, bool required)
+/* Fields of a line, as read_line reads them. */
+enum
 {
-	JsonbValue	buffer;
-	JsonbValue *value = getKeyJsonValueFromContainer(&object->root, name, strlen(name), &buffer);
-	char	   *copy;
+	FIELD_USER_ID,
+	FIELD_PROVIDER,
+	FIELD_NAME,
+	FIELD_KEY,
+	FIELD_EXPIRES_AT,
+	N_FIELDS
+};
 
-	if (!required && (value == NULL || value->type == jbvNull))
-		return NULL;
-	if (value == NULL || value->type != jbvString)
-		raise_bad_line(line, psprintf("It has no string \"%s\".", name));
-	copy = kv_secret_alloc(value->val.string.len + 1);
-	memcpy(copy, value->val.string.val, value->val.string.len);
-	copy[value->val.string.len] = '\0';
-	return copy;
+/* A time that may be none: its text, and what it is. */
+typedef struct Expiry
+{
+	char	   *text;
+	TimestampTz time;
+} Expiry;
+
+static void
+parse_expiry(void *arg)
+{
+	Expiry	   *expiry = arg;
+
+	expiry->time = DatumGetTimestampTz(DirectFunctionCall3(timestamptz_in, CStringGetDatum(expiry->text),
+														   ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1)));
+}
+
+/* The time that a line states; what PostgreSQL says of a bad one quotes it. */
+static TimestampTz
+read_expiry(char *text, int line)
+{
+	Expiry		expiry = {.text = text};
+	ErrorData  *error = kv_subtransaction_run(parse_expiry, &expiry);
+
+	if (error && ERRCODE_TO_CATEGORY(error->sqlerrcode) != ERRCODE_TO_CATEGORY(ERRCODE_DATA_EXCEPTION))
+		ReThrowError(error);
+	if (error)
+		raise_bad_line(line, "Its \"expires_at\" is no time.");
+	return expiry.time;
 }
 
 /* The key of a line, all of it there. Error: 22023. */
 static void
-read_line(KvNewKey *key, Jsonb *object, int line)
+read_line(KvNewKey *key, const char *text, int line)
 {
-	char	   *expires_at;
+	KvSecretJsonField fields[N_FIELDS] = {
+		[FIELD_USER_ID] = {"user_id"},[FIELD_PROVIDER] = {"provider"},[FIELD_NAME] = {"name"},[FIELD_KEY] = {"key"},
+		[FIELD_EXPIRES_AT] = {"expires_at"},
+	};
+	Size		length = strlen(text);
 
-	if (object == NULL || !JB_ROOT_IS_OBJECT(object))
-		raise_bad_line(line, "It is no JSON object.");
-	key->user_id = field_of(object, "user_id", line, true);
-	key->provider = field_of(object, "provider", line, true);
-	key->name = field_of(object, "name", line, true);
-	key->secret = field_of(object, "key", line, true);
-	expires_at = field_of(object, "expires_at", line, false);
+	if (length > LINE_LENGTH_MAX)
+		raise_bad_line(line, psprintf("It is longer than %d kB.", LINE_LENGTH_MAX / 1024));
+	/* A database without an encoding takes any bytes; a bundle is JSON, and that is UTF-8. */
+	if ((GetDatabaseEncoding() == PG_SQL_ASCII && !pg_verify_mbstr(PG_UTF8, text, (int) length, true)) ||
+		!kv_secret_json_read(text, length, fields, N_FIELDS))
+		raise_bad_line(line, "It is no JSON object, or has characters that this database cannot hold.");
+	for (int i = 0; i < N_FIELDS; i++)
+	{
+		if (fields[i].times > 1)
+			raise_bad_line(line, psprintf("It has more than one \"%s\".", fields[i].name));
+		if (fields[i].string == NULL && (i != FIELD_EXPIRES_AT || (fields[i].times > 0 && !fields[i].is_null)))
+			raise_bad_line(line, psprintf("It has no string \"%s\".", fields[i].name));
+	}
+	key->user_id = fields[FIELD_USER_ID].string;
+	key->provider = fields[FIELD_PROVIDER].string;
+	key->name = fields[FIELD_NAME].string;
+	key->secret = fields[FIELD_KEY].string;
 	if (strlen(key->user_id) > KV_USER_ID_MAX)
 		raise_bad_line(line, psprintf("Its user_id is longer than %d bytes.", KV_USER_ID_MAX));
 	if (*key->name == '\0' || strlen(key->name) >= NAMEDATALEN)
 		raise_bad_line(line, psprintf("Its name is not of 1 to %d bytes.", NAMEDATALEN - 1));
-	key->expires = expires_at != NULL;
+	key->expires = fields[FIELD_EXPIRES_AT].string != NULL;
 	if (key->expires)
-		key->expires_at = DatumGetTimestampTz(DirectFunctionCall3(timestamptz_in, CStringGetDatum(expires_at),
-																  ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1)));
+		key->expires_at = read_expiry(fields[FIELD_EXPIRES_AT].string, line);
 }
 
-/* A key to be restored. What it says of its provider is shown only once that is known to be one. */
+/* A key to be restored. What its line has for a user and a provider is shown only once it is known to be one. */
 typedef struct Restore
 {
 	KvNewKey	key;
+	const char *user_id;
 	const char *provider;
 } Restore;
+
+/* Error 22023 for a user that is not here, and is not to be made. */
+static void
+look_for_user(Restore *restore)
+{
+	static KvStatement find = {"SELECT FROM keyvault.users WHERE user_id = $1", 1, {TEXTOID}};
+	Datum		user_id = CStringGetTextDatum(restore->key.user_id);
+
+	if (*restore->key.user_id == '\0' || kv_statement_execute(&find, &user_id, NULL) > 0)
+		restore->user_id = restore->key.user_id;
+	else if (!kv_create_users)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("unknown user"),
+				 errdetail("Users are not made by restoring while keyvault.create_users is off.")));
+}
 
 static void
 store_key(void *arg)
@@ -298,6 +353,7 @@ store_key(void *arg)
 	Restore    *restore = arg;
 	KvNewKey   *key = &restore->key;
 
+	look_for_user(restore);
 	kv_api_key_require_provider(key->provider);
 	restore->provider = key->provider;
 	kv_key_shape_check(key->secret, strlen(key->secret), key->provider);
@@ -306,35 +362,37 @@ store_key(void *arg)
 
 /*
  * Store the key of a line, or warn that this one is not restored: its user is suspended or
- * erased, its provider unknown or of another opinion, its user's data key lost. Call between
- * kv_owner_begin and kv_owner_end.
+ * erased, its provider unknown or of another opinion, its user's data key lost. Error 22023:
+ * the line is none of a bundle's.
  */
 static bool
-restore_line(Jsonb *object, int line)
+restore_line(const char *text, int line)
 {
-	Restore		restore = {.key.may_create_user = true,.provider = "?"};
+	Restore		restore = {.key.may_create_user = true,.user_id = "?",.provider = "?"};
 	ErrorData  *error;
+	KvOwnerScope scope;
 
-	read_line(&restore.key, object, line);
+	/* What a line takes of memory goes with it. */
+	kv_owner_begin(&scope);
+	read_line(&restore.key, text, line);
 	error = kv_subtransaction_run(store_key, &restore);
-	if (error == NULL)
-		return true;
-	if (error->sqlerrcode != ERRCODE_KV_USER_INACTIVE && error->sqlerrcode != ERRCODE_KV_KEY_MALFORMED &&
+	if (error && error->sqlerrcode != ERRCODE_KV_USER_INACTIVE && error->sqlerrcode != ERRCODE_KV_KEY_MALFORMED &&
 		error->sqlerrcode != ERRCODE_KV_MASTER_KEY && error->sqlerrcode != ERRCODE_KV_SECRET_UNREADABLE &&
 		error->sqlerrcode != ERRCODE_INVALID_PARAMETER_VALUE)
 		ReThrowError(error);
-	ereport(WARNING,
-			(errcode(error->sqlerrcode),
-			 errmsg("line %d: API key of user \"%s\" for provider \"%s\" is not restored: %s",
-					line, restore.key.user_id, restore.provider, error->message),
-			 error->detail ? errdetail("%s", error->detail) : 0));
-	return false;
+	if (error)
+		ereport(WARNING,
+				(errcode(error->sqlerrcode),
+				 errmsg("line %d: API key of user \"%s\" for provider \"%s\" is not restored: %s",
+						line, restore.user_id, restore.provider, error->message),
+				 error->detail ? errdetail("%s", error->detail) : 0));
+	kv_owner_end(&scope);
+	return error == NULL;
 }
 
 Datum
 keyvault_restore_api_keys(PG_FUNCTION_ARGS)
 {
-	KvOwnerScope scope;
 	char	   *lines;
 	char	   *end;
 	int64		restored = 0;
@@ -349,20 +407,19 @@ keyvault_restore_api_keys(PG_FUNCTION_ARGS)
 				 errmsg("not allowed to store keys of every user"),
 				 errhint("Restore as a superuser.")));
 	lines = kv_argument_secret(fcinfo, 0);
-	lines = pg_server_to_any(lines, strlen(lines), PG_UTF8);
 	/* Without any master key nothing is sealed, and that is one error; where keys cannot be opened, boxes are. */
 	if (kv_reveal_may_open())
 		(void) kv_master_key_get();
-	kv_owner_begin(&scope);
 	for (char *start = lines; *start; start = end)
 	{
+		CHECK_FOR_INTERRUPTS();
 		line++;
 		end = start + strcspn(start, "\n");
 		if (*end)
 			*end++ = '\0';
 		if (start[strspn(start, " \t\r")] == '\0')
 			continue;
-		if (restore_line(kv_json_parse(start, strlen(start)), line))
+		if (restore_line(start, line))
 			restored++;
 		else
 			left_out++;
@@ -372,6 +429,5 @@ keyvault_restore_api_keys(PG_FUNCTION_ARGS)
 				(errcode(ERRCODE_WARNING),
 				 errmsg("%lld of %lld API keys are not restored", (long long) left_out, (long long) (restored + left_out)),
 				 errhint("Put right what the warnings before this one say, and restore again: keys that are here already do no harm.")));
-	kv_owner_end(&scope);
 	PG_RETURN_INT64(restored);
 }

@@ -181,6 +181,65 @@ foreach my $bad ('{"user_id": "x", "provider": "exa", "name": "n"}', '{"user_id"
 }
 is($other->safe_psql('newdb', "SELECT count(*) FROM keyvault.api_keys WHERE user_id = 'x'"), '0', 'and stores nothing');
 
+# Damaged and hostile ones. What keyvault itself says quotes nothing, though nothing is withheld here.
+sub restore
+{
+	my ($database, @bundle) = @_;
+	my $text = join "\n", @bundle;
+	my (undef, $count, $told) = $other->psql($database, "\\set VERBOSITY verbose\nSELECT keyvault.restore_api_keys(\$bundle\$$text\$bundle\$)");
+	return ($count, $told);
+}
+set_config($other, 'keyvault.redact_logs', 'off');
+my $sound = '"user_id": "x", "provider": "exa", "name": "n"';
+foreach my $bad (
+	[ 'a key twice', qq({$sound, "key": "swapped-secret-1", "key": "swapped-secret-2"}), 'It has more than one "key".' ],
+	[ 'a user twice, one of them escaped', qq({$sound, "\\u0075ser_id": "swapped-secret", "key": "swapped-secret-2"}), 'It has more than one "user_id".' ],
+	[ 'no name at last', qq({$sound, "key": "swapped-secret-1", "name": null}), 'It has more than one "name".' ],
+	[ 'an end that is no time', qq({$sound, "key": "swapped-secret-1", "expires_at": "swapped-secret-2"}), 'Its "expires_at" is no time.' ],
+	[ 'an end that is a number', qq({$sound, "key": "swapped-secret-1", "expires_at": 1}), 'It has no string "expires_at".' ],
+	[ 'an object for a key', qq({$sound, "key": {"key": "swapped-secret-1"}}), 'It has no string "key".' ],
+	[ 'a list for a user', q({"user_id": ["swapped-secret"], "provider": "exa", "name": "n", "key": "swapped-secret-1"}), 'It has no string "user_id".' ],
+	[ 'a zero byte', qq({$sound, "key": "swapped\\u0000secret"}), 'It is no JSON object, or has characters that this database cannot hold.' ],
+	[ 'half a character', qq({$sound, "key": "swapped\\ud800secret"}), 'It is no JSON object, or has characters that this database cannot hold.' ],
+	[ 'nesting without end', '[' x 200_000, 'It is no JSON object, or has characters that this database cannot hold.' ],
+	[ 'a field inside another', qq({"a": {$sound, "key": "swapped-secret-1"}}), 'It has no string "user_id".' ],
+	[ 'more behind it', qq({$sound, "key": "swapped-secret-1"} swapped-secret-2), 'It is no JSON object, or has characters that this database cannot hold.' ],
+	[ 'a line without end', qq({$sound, "key": ") . 'swapped-secret-' x 20_000 . '"}', 'It is longer than 256 kB.' ])
+{
+	my ($name, $text, $detail) = @$bad;
+	my (undef, $refused) = restore('newdb', qq({$sound, "key": "swapped-secret-0"}), '', $text);
+	like($refused, qr/ERROR:  22023: line 3 is not a key of a recovery bundle\nDETAIL:  \Q$detail\E\n/, "$name: the error says so");
+	unlike($refused, qr/swapped|secret/, "$name: and quotes nothing");
+}
+is($other->safe_psql('newdb', "SELECT count(*) FROM keyvault.api_keys WHERE user_id = 'x'"), '0', 'none of them stores anything');
+
+# Fields in each other's place: a user or a provider is named when there is one.
+my ($count, $said) = restore('newdb', '{"user_id": "swapped-secret-1", "provider": "exa", "name": "n", "key": "x"}',
+	'{"user_id": "first", "provider": "swapped-secret-1", "name": "n", "key": "exa-exa-exa"}', qq({$sound, "key": "restored-unasked-1", "more": [{"key": 1}]}));
+is($count, 1, 'what is sound is restored');
+like($said, qr/WARNING:  $_/, 'the rest is told of') foreach 'KV009: line 1: API key of user "\?" for provider "exa"', '22023: line 2: API key of user "first" for provider "\?"';
+unlike($said, qr/swapped/, 'with nothing quoted');
+$other->safe_psql('newdb', 'ALTER DATABASE newdb SET keyvault.create_users = off');
+($count, $said) = restore('newdb', '{"user_id": "swapped-secret-1", "provider": "exa", "name": "n", "key": "restored-unasked-2"}');
+like($said, qr/WARNING:  22023: line 1: API key of user "\?" for provider "\?" is not restored: unknown user\n/, 'nor where users are not made');
+unlike($said, qr/swapped/, 'is the user quoted');
+
+# Databases in other encodings: bytes that are no UTF-8 where any are taken, and a name from UTF-8.
+$other->safe_psql('postgres', "CREATE DATABASE $_->[0] ENCODING '$_->[1]' LOCALE 'C' TEMPLATE template0") foreach [ 'latin', 'LATIN1' ], [ 'bytes', 'SQL_ASCII' ];
+$other->safe_psql($_, 'CREATE EXTENSION keyvault CASCADE') foreach 'latin', 'bytes';
+(undef, $said) = restore('bytes', qq({$sound, "key": "\xf0swapped-secret-1"}));
+like($said, qr/ERROR:  22023: line 1 is not a key of a recovery bundle\nDETAIL:  It is no JSON object/, 'bytes that are no UTF-8');
+unlike($said, qr/swapped|0xf0/, 'are not quoted, either');
+foreach my $database ('latin', 'bytes')
+{
+	local $ENV{PGCLIENTENCODING} = $database eq 'latin' ? 'UTF8' : 'SQL_ASCII';
+	($count) = restore($database, qq({"user_id": "j\xc3\xb6rg", "provider": "exa", "name": "n", "key": "restored-unasked-3", "expires_at": "2999-01-01T00:00:00Z"}));
+	is($count, 1, "$database: a line with a name");
+	is($other->safe_psql($database, "SELECT user_id, date_part('year', expires_at) FROM keyvault.api_key_status"), "j\xc3\xb6rg|2999", "$database: is that user's");
+}
+
+set_config($other, 'keyvault.redact_logs', undef);
+
 # Keys that pgcrypto cannot encrypt to.
 isnt(state_of($node, "SELECT keyvault.export_recovery_bundle('nonsense')"), '', 'no OpenPGP key');
 my $curve = make_gpg_key('Curve', 'ecc', "Key-Type: EDDSA\nKey-Curve: ed25519\nSubkey-Type: ECDH\nSubkey-Curve: cv25519");
