@@ -85,7 +85,8 @@ CREATE TABLE keyvault.users (
     monthly_credits numeric(18,6) CHECK (monthly_credits >= 0 AND monthly_credits < 'Infinity'),
     status_reason text,
     erased_at  timestamptz,
-    erased_master_key integer
+    erased_master_key integer,
+    boxes_destroyed_at timestamptz
 );
 COMMENT ON TABLE keyvault.users IS 'Who owns keys and credits: a person or an organization, named by the application.';
 COMMENT ON COLUMN keyvault.users.user_id IS 'The application''s own name for the user: 1 to 255 bytes, never changed.';
@@ -93,6 +94,7 @@ COMMENT ON COLUMN keyvault.users.status IS 'active; suspended: no calls and no n
 COMMENT ON COLUMN keyvault.users.monthly_credits IS 'Credits per period agreed with this user; NULL: the plan''s. Set by set_plan.';
 COMMENT ON COLUMN keyvault.users.status_reason IS 'Why the user was suspended or erased, as the caller said.';
 COMMENT ON COLUMN keyvault.users.erased_master_key IS 'The newest version of the master key that wrapped a data key of an erased user; NULL when there was none.';
+COMMENT ON COLUMN keyvault.users.boxes_destroyed_at IS 'Since when nothing in this database opens a sealed box of an erased user''s, wherever there is a copy of one.';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.users', '');
 
 ALTER TABLE keyvault.users ENABLE ROW LEVEL SECURITY;
@@ -245,11 +247,15 @@ CREATE FUNCTION keyvault._erase_user(user_id text, reason text) RETURNS void
 AS $$
 #variable_conflict use_column
 BEGIN
-    -- Who stores a key holds the row shared: nothing is sealed behind this.
+    -- Who stores a key holds the row shared: nothing is sealed behind this, and the next statement sees all that was.
+    PERFORM FROM keyvault.users u WHERE u.user_id = $1 FOR UPDATE;
     UPDATE keyvault.users u
        SET status = 'erased', status_reason = $2, email = NULL, name = NULL, image = NULL, email_verified_at = NULL,
            stripe_customer_id = NULL, stripe_subscription_id = NULL, stripe_price_id = NULL, stripe_current_period_end = NULL,
-           updated_at = now(), erased_at = coalesce(u.erased_at, now()),
+           updated_at = now(), erased_at = coalesce(u.erased_at, clock_timestamp()),
+           -- Private halves of sealing keys, also those in backups, open with the platform's data key.
+           boxes_destroyed_at = CASE WHEN u.status = 'erased' THEN u.boxes_destroyed_at
+                                     WHEN NOT EXISTS (SELECT FROM keyvault.data_keys d WHERE d.user_id = '') THEN now() END,
            erased_master_key = coalesce(u.erased_master_key, (
                SELECT max(m.version) FROM keyvault.data_keys d JOIN keyvault.master_keys m ON m.kek_id = substr(d.wrapped, 9, 16)
                 WHERE d.user_id = $1))
@@ -275,4 +281,4 @@ CREATE FUNCTION keyvault.erase_user(user_id text, reason text = NULL) RETURNS vo
     LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'keyvault_erase_user';
 COMMENT ON FUNCTION keyvault.erase_user(text, text) IS
-    'Destroys a user''s data keys, API keys, requests and answers, clears the personal fields of users and the metadata of usage records, and refuses the user from then on with KV007; usage, credits and the row of users stay. Nothing opens here any more once this is committed. Bytes of deleted rows, all of them encrypted or wrapped where they are keys, leave the disk with VACUUM and the recycling of WAL. Backups and WAL of before open with the master key of their time: for them the erasure is complete when that master key was retired, by rotation, and destroyed: see erasure_status. Errors: 42501, 22023 unknown user, 22004.';
+    'Destroys a user''s data keys, API keys, requests and answers, clears the personal fields of users and the metadata of usage records, and refuses the user from then on with KV007; usage, credits and the row of users stay. Nothing opens here any more once this is committed. Bytes of deleted rows, all of them encrypted or wrapped where they are keys, leave the disk with VACUUM and the recycling of WAL. Backups and WAL of before open with the master key of their time: for them the erasure is complete when that master key was retired, by rotation, and destroyed, after the sealing keys of before were: see erasure_status. Errors: 42501, 22023 unknown user, 22004.';

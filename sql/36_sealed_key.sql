@@ -26,19 +26,34 @@ COMMENT ON TABLE keyvault.sealed_boxes IS 'SHA-256 of the boxes that were taken,
 ALTER TABLE keyvault.sealed_boxes ENABLE ROW LEVEL SECURITY;
 SELECT pg_catalog.pg_extension_config_dump('keyvault.sealed_boxes', '');
 
-CREATE FUNCTION keyvault._forget_sealing_keys() RETURNS void
-    LANGUAGE sql VOLATILE PARALLEL UNSAFE
-BEGIN ATOMIC
+CREATE FUNCTION keyvault._forget_sealing_keys() RETURNS bigint
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    retired bytea[];
+    forgotten bigint;
+BEGIN
+    -- Who stores a box holds its key until his transaction ends: the next statement sees all boxes of these.
+    retired := ARRAY(SELECT s.key_id FROM keyvault.sealing_keys s WHERE s.retired_at <= now() FOR UPDATE SKIP LOCKED);
+    IF retired = '{}' THEN
+        RETURN 0;
+    END IF;
     WITH forgotten AS (
         DELETE FROM keyvault.sealing_keys s
-         WHERE s.retired_at <= now()
+         WHERE s.key_id = ANY (retired)
            AND NOT EXISTS (SELECT FROM keyvault.api_keys k WHERE k.fingerprint IS NULL AND substr(k.ciphertext, 2, 4) = s.key_id)
            AND NOT EXISTS (SELECT FROM keyvault.key_replacements r WHERE r.status = 'waiting' AND substr(r.box, 2, 4) = s.key_id)
-        RETURNING s.key_id)
-    DELETE FROM keyvault.sealed_boxes b USING forgotten f WHERE b.key_id = f.key_id;
-END;
+           AND NOT EXISTS (SELECT FROM keyvault.requests r
+                            WHERE r.status IN ('queued', 'sent') AND substr(r.call_key, 1, 1) = 'B' AND substr(r.call_key, 3, 4) = s.key_id)
+        RETURNING s.key_id
+    ), digests AS (
+        DELETE FROM keyvault.sealed_boxes b USING forgotten f WHERE b.key_id = f.key_id)
+    SELECT count(*) INTO forgotten FROM forgotten;
+    RETURN forgotten;
+END $$;
 COMMENT ON FUNCTION keyvault._forget_sealing_keys() IS
-    'Deletes sealing keys whose boxes are no longer taken and that no stored box needs, with the digests of their boxes.';
+    'Deletes sealing keys whose boxes are no longer taken and that no stored box needs, with the digests of their boxes; returns how many.';
 
 CREATE FUNCTION keyvault._forget_problem() RETURNS trigger
     LANGUAGE plpgsql

@@ -108,10 +108,41 @@ SELECT k.provider, k.name, k.user_id, k.expires_at,
 COMMENT ON VIEW keyvault.api_keys_due IS
     'The acting user''s provider keys that have to be replaced: they expire within 30 days, or have. days_left is negative for those. Access admin sees every user''s.';
 
+CREATE FUNCTION keyvault._platform_master_key(before integer) RETURNS integer
+    LANGUAGE sql STABLE
+BEGIN ATOMIC
+    SELECT max(m.version) FROM keyvault.data_keys d JOIN keyvault.master_keys m ON m.kek_id = substr(d.wrapped, 9, 16)
+     WHERE d.user_id = '' AND d.version < $1;
+END;
+COMMENT ON FUNCTION keyvault._platform_master_key(integer) IS
+    'The newest version of the master key that wraps a data key of the platform''s of an earlier version than that; NULL when there is none.';
+
+CREATE FUNCTION keyvault._note_boxes_destroyed(version integer) RETURNS void
+    LANGUAGE sql VOLATILE
+BEGIN ATOMIC
+    UPDATE keyvault.users u
+       SET boxes_destroyed_at = now(),
+           erased_master_key = greatest(u.erased_master_key, keyvault._platform_master_key($1))
+     WHERE u.status = 'erased' AND u.boxes_destroyed_at IS NULL
+       AND NOT EXISTS (SELECT FROM keyvault.sealing_keys s WHERE s.created_at <= u.erased_at);
+END;
+COMMENT ON FUNCTION keyvault._note_boxes_destroyed(integer) IS
+    'Notes, before the platform''s data keys of earlier versions are deleted, for which erased users nothing is left here that opens their sealed boxes: those without a sealing key from before the erasure.';
+
+CREATE FUNCTION keyvault.retire_sealing_keys() RETURNS bigint
+    LANGUAGE c VOLATILE PARALLEL UNSAFE
+    AS 'MODULE_PATHNAME', 'keyvault_retire_sealing_keys';
+COMMENT ON FUNCTION keyvault.retire_sealing_keys() IS
+    'Has no more boxes taken for the keys that sealing_key() has given so far, and deletes those that no stored box needs, the others in maintenance when the worker has opened these; returns how many were deleted. The next sealing_key() makes a new one. A step of a complete erasure: see erasure_status. Access admin, or the right to act for any user. Error: 42501.';
+
 CREATE VIEW keyvault.erasure_status WITH (security_invoker = true, security_barrier = true) AS
-SELECT u.user_id, u.erased_at, u.status_reason, u.erased_master_key AS master_key_version,
-       CASE WHEN u.erased_master_key IS NOT NULL
-            THEN (SELECT m.retired_at FROM keyvault.master_keys m WHERE m.version = u.erased_master_key) END AS master_key_retired_at
-  FROM keyvault.users u WHERE u.status = 'erased';
+SELECT u.user_id, u.erased_at, u.status_reason, e.master_key_version,
+       CASE WHEN u.boxes_destroyed_at IS NOT NULL
+            THEN (SELECT m.retired_at FROM keyvault.master_keys m WHERE m.version = e.master_key_version) END AS master_key_retired_at,
+       u.boxes_destroyed_at
+  FROM keyvault.users u,
+       LATERAL (SELECT CASE WHEN u.boxes_destroyed_at IS NOT NULL THEN u.erased_master_key
+                            ELSE greatest(u.erased_master_key, keyvault._platform_master_key(2147483647)) END AS master_key_version) e
+ WHERE u.status = 'erased';
 COMMENT ON VIEW keyvault.erasure_status IS
-    'Erased users. Copies of their keys in backups and WAL from before erased_at open with the master key of master_key_version, or an earlier one: destroy every copy of those keys, once master_key_retired_at is set, and nothing opens them anywhere. For superusers.';
+    'Erased users. Copies of their keys in backups and WAL from before erased_at open with the master key of master_key_version, or an earlier one: destroy every copy of those keys, once master_key_retired_at is set, and nothing opens them anywhere. Where a copy may be a sealed box, this database itself holds what opens it until boxes_destroyed_at: retire_sealing_keys(), then rotate_data_key(''''), then rotate the master key. For superusers.';

@@ -90,12 +90,13 @@ BEGIN
         purged := purged + gone;
         more := gone >= batch;
     END IF;
+    purged := purged + keyvault._forget_sealing_keys();
     gone := keyvault._purge_aged(batch);
     purged := purged + gone;
     more := more OR gone >= batch;
 END $$;
 COMMENT ON FUNCTION keyvault._purge(integer) IS
-    'Charges unknown outcomes that are due, takes the expired holds of users, 250 at most, whose balances nobody else has locked off these, then deletes up to batch requests that ended longer than keyvault.response_retention ago, with their answers, and what _purge_aged deletes; returns how many of all, and whether there are more.';
+    'Charges unknown outcomes that are due, takes the expired holds of users, 250 at most, whose balances nobody else has locked off these, then deletes up to batch requests that ended longer than keyvault.response_retention ago, with their answers, retired sealing keys, and what _purge_aged deletes; returns how many of all, and whether there are more.';
 
 CREATE FUNCTION keyvault._receives(what regclass) RETURNS boolean
     LANGUAGE sql STABLE

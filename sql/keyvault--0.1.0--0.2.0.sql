@@ -75,6 +75,7 @@ ALTER TABLE keyvault.users ADD COLUMN monthly_credits numeric(18,6) CHECK (month
 ALTER TABLE keyvault.users ADD COLUMN status_reason text;
 ALTER TABLE keyvault.users ADD COLUMN erased_at timestamptz;
 ALTER TABLE keyvault.users ADD COLUMN erased_master_key integer;
+ALTER TABLE keyvault.users ADD COLUMN boxes_destroyed_at timestamptz;
 
 COMMENT ON COLUMN keyvault.users.status IS 'active; suspended: no calls and no new keys; erased: keys and personal data destroyed.';
 
@@ -83,6 +84,7 @@ COMMENT ON COLUMN keyvault.users.monthly_credits IS 'Credits per period agreed w
 COMMENT ON COLUMN keyvault.users.status_reason IS 'Why the user was suspended or erased, as the caller said.';
 
 COMMENT ON COLUMN keyvault.users.erased_master_key IS 'The newest version of the master key that wrapped a data key of an erased user; NULL when there was none.';
+COMMENT ON COLUMN keyvault.users.boxes_destroyed_at IS 'Since when nothing in this database opens a sealed box of an erased user''s, wherever there is a copy of one.';
 
 CREATE OR REPLACE FUNCTION keyvault._upsert_user(user_id text, email text, name text, image text, plan text) RETURNS text
     LANGUAGE plpgsql
@@ -210,11 +212,15 @@ CREATE FUNCTION keyvault._erase_user(user_id text, reason text) RETURNS void
 AS $$
 #variable_conflict use_column
 BEGIN
-    -- Who stores a key holds the row shared: nothing is sealed behind this.
+    -- Who stores a key holds the row shared: nothing is sealed behind this, and the next statement sees all that was.
+    PERFORM FROM keyvault.users u WHERE u.user_id = $1 FOR UPDATE;
     UPDATE keyvault.users u
        SET status = 'erased', status_reason = $2, email = NULL, name = NULL, image = NULL, email_verified_at = NULL,
            stripe_customer_id = NULL, stripe_subscription_id = NULL, stripe_price_id = NULL, stripe_current_period_end = NULL,
-           updated_at = now(), erased_at = coalesce(u.erased_at, now()),
+           updated_at = now(), erased_at = coalesce(u.erased_at, clock_timestamp()),
+           -- Private halves of sealing keys, also those in backups, open with the platform's data key.
+           boxes_destroyed_at = CASE WHEN u.status = 'erased' THEN u.boxes_destroyed_at
+                                     WHEN NOT EXISTS (SELECT FROM keyvault.data_keys d WHERE d.user_id = '') THEN now() END,
            erased_master_key = coalesce(u.erased_master_key, (
                SELECT max(m.version) FROM keyvault.data_keys d JOIN keyvault.master_keys m ON m.kek_id = substr(d.wrapped, 9, 16)
                 WHERE d.user_id = $1))
@@ -244,7 +250,7 @@ CREATE FUNCTION keyvault.erase_user(user_id text, reason text = NULL) RETURNS vo
 REVOKE ALL ON FUNCTION keyvault.erase_user(user_id text, reason text) FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault.erase_user(text, text) IS
-    'Destroys a user''s data keys, API keys, requests and answers, clears the personal fields of users and the metadata of usage records, and refuses the user from then on with KV007; usage, credits and the row of users stay. Nothing opens here any more once this is committed. Bytes of deleted rows, all of them encrypted or wrapped where they are keys, leave the disk with VACUUM and the recycling of WAL. Backups and WAL of before open with the master key of their time: for them the erasure is complete when that master key was retired, by rotation, and destroyed: see erasure_status. Errors: 42501, 22023 unknown user, 22004.';
+    'Destroys a user''s data keys, API keys, requests and answers, clears the personal fields of users and the metadata of usage records, and refuses the user from then on with KV007; usage, credits and the row of users stay. Nothing opens here any more once this is committed. Bytes of deleted rows, all of them encrypted or wrapped where they are keys, leave the disk with VACUUM and the recycling of WAL. Backups and WAL of before open with the master key of their time: for them the erasure is complete when that master key was retired, by rotation, and destroyed, after the sealing keys of before were: see erasure_status. Errors: 42501, 22023 unknown user, 22004.';
 
 ALTER TABLE keyvault.credit_balances ADD COLUMN due_at timestamptz;
 ALTER TABLE keyvault.credit_balances ADD COLUMN notice_at numeric(18,6);
@@ -2390,21 +2396,36 @@ ALTER TABLE keyvault.sealed_boxes ENABLE ROW LEVEL SECURITY;
 
 SELECT pg_catalog.pg_extension_config_dump('keyvault.sealed_boxes', '');
 
-CREATE FUNCTION keyvault._forget_sealing_keys() RETURNS void
-    LANGUAGE sql VOLATILE PARALLEL UNSAFE
-BEGIN ATOMIC
+CREATE FUNCTION keyvault._forget_sealing_keys() RETURNS bigint
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    retired bytea[];
+    forgotten bigint;
+BEGIN
+    -- Who stores a box holds its key until his transaction ends: the next statement sees all boxes of these.
+    retired := ARRAY(SELECT s.key_id FROM keyvault.sealing_keys s WHERE s.retired_at <= now() FOR UPDATE SKIP LOCKED);
+    IF retired = '{}' THEN
+        RETURN 0;
+    END IF;
     WITH forgotten AS (
         DELETE FROM keyvault.sealing_keys s
-         WHERE s.retired_at <= now()
+         WHERE s.key_id = ANY (retired)
            AND NOT EXISTS (SELECT FROM keyvault.api_keys k WHERE k.fingerprint IS NULL AND substr(k.ciphertext, 2, 4) = s.key_id)
            AND NOT EXISTS (SELECT FROM keyvault.key_replacements r WHERE r.status = 'waiting' AND substr(r.box, 2, 4) = s.key_id)
-        RETURNING s.key_id)
-    DELETE FROM keyvault.sealed_boxes b USING forgotten f WHERE b.key_id = f.key_id;
-END;
+           AND NOT EXISTS (SELECT FROM keyvault.requests r
+                            WHERE r.status IN ('queued', 'sent') AND substr(r.call_key, 1, 1) = 'B' AND substr(r.call_key, 3, 4) = s.key_id)
+        RETURNING s.key_id
+    ), digests AS (
+        DELETE FROM keyvault.sealed_boxes b USING forgotten f WHERE b.key_id = f.key_id)
+    SELECT count(*) INTO forgotten FROM forgotten;
+    RETURN forgotten;
+END $$;
 REVOKE ALL ON FUNCTION keyvault._forget_sealing_keys() FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault._forget_sealing_keys() IS
-    'Deletes sealing keys whose boxes are no longer taken and that no stored box needs, with the digests of their boxes.';
+    'Deletes sealing keys whose boxes are no longer taken and that no stored box needs, with the digests of their boxes; returns how many.';
 
 CREATE FUNCTION keyvault._forget_problem() RETURNS trigger
     LANGUAGE plpgsql
@@ -2632,15 +2653,52 @@ REVOKE ALL ON keyvault.api_keys_due FROM PUBLIC;
 COMMENT ON VIEW keyvault.api_keys_due IS
     'The acting user''s provider keys that have to be replaced: they expire within 30 days, or have. days_left is negative for those. Access admin sees every user''s.';
 
+CREATE FUNCTION keyvault._platform_master_key(before integer) RETURNS integer
+    LANGUAGE sql STABLE
+BEGIN ATOMIC
+    SELECT max(m.version) FROM keyvault.data_keys d JOIN keyvault.master_keys m ON m.kek_id = substr(d.wrapped, 9, 16)
+     WHERE d.user_id = '' AND d.version < $1;
+END;
+REVOKE ALL ON FUNCTION keyvault._platform_master_key(before integer) FROM PUBLIC;
+
+COMMENT ON FUNCTION keyvault._platform_master_key(integer) IS
+    'The newest version of the master key that wraps a data key of the platform''s of an earlier version than that; NULL when there is none.';
+
+CREATE FUNCTION keyvault._note_boxes_destroyed(version integer) RETURNS void
+    LANGUAGE sql VOLATILE
+BEGIN ATOMIC
+    UPDATE keyvault.users u
+       SET boxes_destroyed_at = now(),
+           erased_master_key = greatest(u.erased_master_key, keyvault._platform_master_key($1))
+     WHERE u.status = 'erased' AND u.boxes_destroyed_at IS NULL
+       AND NOT EXISTS (SELECT FROM keyvault.sealing_keys s WHERE s.created_at <= u.erased_at);
+END;
+REVOKE ALL ON FUNCTION keyvault._note_boxes_destroyed(version integer) FROM PUBLIC;
+
+COMMENT ON FUNCTION keyvault._note_boxes_destroyed(integer) IS
+    'Notes, before the platform''s data keys of earlier versions are deleted, for which erased users nothing is left here that opens their sealed boxes: those without a sealing key from before the erasure.';
+
+CREATE FUNCTION keyvault.retire_sealing_keys() RETURNS bigint
+    LANGUAGE c VOLATILE PARALLEL UNSAFE
+    AS 'MODULE_PATHNAME', 'keyvault_retire_sealing_keys';
+REVOKE ALL ON FUNCTION keyvault.retire_sealing_keys() FROM PUBLIC;
+
+COMMENT ON FUNCTION keyvault.retire_sealing_keys() IS
+    'Has no more boxes taken for the keys that sealing_key() has given so far, and deletes those that no stored box needs, the others in maintenance when the worker has opened these; returns how many were deleted. The next sealing_key() makes a new one. A step of a complete erasure: see erasure_status. Access admin, or the right to act for any user. Error: 42501.';
+
 CREATE VIEW keyvault.erasure_status WITH (security_invoker = true, security_barrier = true) AS
-SELECT u.user_id, u.erased_at, u.status_reason, u.erased_master_key AS master_key_version,
-       CASE WHEN u.erased_master_key IS NOT NULL
-            THEN (SELECT m.retired_at FROM keyvault.master_keys m WHERE m.version = u.erased_master_key) END AS master_key_retired_at
-  FROM keyvault.users u WHERE u.status = 'erased';
+SELECT u.user_id, u.erased_at, u.status_reason, e.master_key_version,
+       CASE WHEN u.boxes_destroyed_at IS NOT NULL
+            THEN (SELECT m.retired_at FROM keyvault.master_keys m WHERE m.version = e.master_key_version) END AS master_key_retired_at,
+       u.boxes_destroyed_at
+  FROM keyvault.users u,
+       LATERAL (SELECT CASE WHEN u.boxes_destroyed_at IS NOT NULL THEN u.erased_master_key
+                            ELSE greatest(u.erased_master_key, keyvault._platform_master_key(2147483647)) END AS master_key_version) e
+ WHERE u.status = 'erased';
 REVOKE ALL ON keyvault.erasure_status FROM PUBLIC;
 
 COMMENT ON VIEW keyvault.erasure_status IS
-    'Erased users. Copies of their keys in backups and WAL from before erased_at open with the master key of master_key_version, or an earlier one: destroy every copy of those keys, once master_key_retired_at is set, and nothing opens them anywhere. For superusers.';
+    'Erased users. Copies of their keys in backups and WAL from before erased_at open with the master key of master_key_version, or an earlier one: destroy every copy of those keys, once master_key_retired_at is set, and nothing opens them anywhere. Where a copy may be a sealed box, this database itself holds what opens it until boxes_destroyed_at: retire_sealing_keys(), then rotate_data_key(''''), then rotate the master key. For superusers.';
 
 -- Keys that are kept on a Vault server.
 
@@ -4350,6 +4408,7 @@ BEGIN
         purged := purged + gone;
         more := gone >= batch;
     END IF;
+    purged := purged + keyvault._forget_sealing_keys();
     gone := keyvault._purge_aged(batch);
     purged := purged + gone;
     more := more OR gone >= batch;
@@ -4357,7 +4416,7 @@ END $$;
 REVOKE ALL ON FUNCTION keyvault._purge(batch integer, OUT purged bigint, OUT more boolean) FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault._purge(integer) IS
-    'Charges unknown outcomes that are due, takes the expired holds of users, 250 at most, whose balances nobody else has locked off these, then deletes up to batch requests that ended longer than keyvault.response_retention ago, with their answers, and what _purge_aged deletes; returns how many of all, and whether there are more.';
+    'Charges unknown outcomes that are due, takes the expired holds of users, 250 at most, whose balances nobody else has locked off these, then deletes up to batch requests that ended longer than keyvault.response_retention ago, with their answers, retired sealing keys, and what _purge_aged deletes; returns how many of all, and whether there are more.';
 
 CREATE FUNCTION keyvault._receives(what regclass) RETURNS boolean
     LANGUAGE sql STABLE
@@ -4556,7 +4615,7 @@ DECLARE
     app_functions text[] := '{act_as, store_api_key_reference, upsert_user, set_plan, suspend_user, resume_user, erase_user, uuidv7, _debit_tag, reconcile_request, unknown_requests}';
     user_functions text[] := '{test_api_key, store_api_key, store_api_keys, sealing_key, store_sealed_api_key, user_api_keys, user_api_key, delete_api_key, request, response, wait_response, call, cancel_request}';
     every_function text[] := '{current_user_id, _may_act_for_any_user, _may_read_all_usage, _may_administer, _period_bound, _period_number, _fresh_from, _fresh_until, usage_chart}';
-    admin_functions text[] := '{upsert_user, set_plan, suspend_user, resume_user, erase_user, rotate_data_key, rotate_data_keys, store_platform_key, delete_platform_key, reconcile_request, unknown_requests}';
+    admin_functions text[] := '{upsert_user, set_plan, suspend_user, resume_user, erase_user, rotate_data_key, rotate_data_keys, retire_sealing_keys, store_platform_key, delete_platform_key, reconcile_request, unknown_requests}';
     credit_functions text[] := CASE access
         WHEN 'app' THEN '{record_usage, reserve_credits, settle_credits, release_credits, grant_credits, refund_usage, set_budget}'
         WHEN 'admin' THEN '{grant_credits, refund_usage, set_budget, reset_due_credits, verify_ledger, _ledger, _budget_used}'

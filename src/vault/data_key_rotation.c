@@ -31,6 +31,7 @@
 
 PG_FUNCTION_INFO_V1(keyvault_rotate_data_key);
 PG_FUNCTION_INFO_V1(keyvault_rotate_data_keys);
+PG_FUNCTION_INFO_V1(keyvault_retire_sealing_keys);
 
 #define BATCH_MAX 10000
 
@@ -66,13 +67,13 @@ require_rights(void)
 	if (!kv_identity_is_admin() && !kv_identity_acts_for_any_user())
 		ereport(ERROR,
 				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
-				 errmsg("not allowed to rotate data keys"),
+				 errmsg("not allowed to rotate keys"),
 				 errhint("keyvault.grant_access(role, 'admin') gives that right.")));
 	/* An old snapshot does not see what others have sealed since. */
 	if (IsolationUsesXactSnapshot())
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_TRANSACTION_STATE),
-				 errmsg("keys are rotated at isolation level read committed only"),
+				 errmsg("keys are rotated and retired at isolation level read committed only"),
 				 errhint("Begin the transaction at that level.")));
 }
 
@@ -127,6 +128,21 @@ reseal_all(const KvDataKey *to)
 	return all;
 }
 
+/* Delete a user's data keys of earlier versions. The platform's seal the sealing keys, which opened users' boxes. */
+static void
+forget_versions_before(const char *user_id, uint32 version)
+{
+	static KvStatement note = {"SELECT keyvault._note_boxes_destroyed($1)", 1, {INT4OID}};
+	static KvStatement forget = {
+		"DELETE FROM keyvault.data_keys WHERE user_id = $1 AND version < $2", 2, {TEXTOID, INT4OID}
+	};
+	Datum		values[2] = {CStringGetTextDatum(user_id), Int32GetDatum(version)};
+
+	if (*user_id == '\0')
+		kv_statement_execute(&note, &values[1], NULL);
+	kv_statement_execute(&forget, values, NULL);
+}
+
 /*
  * Rotate a user's data key; returns the new version, 0 when there is none, or not the one
  * expected, if any is. Call between kv_owner_begin and kv_owner_end.
@@ -134,13 +150,13 @@ reseal_all(const KvDataKey *to)
 static uint32
 rotate(const char *user_id, uint32 expected)
 {
-	static KvStatement forget = {
-		"DELETE FROM keyvault.data_keys WHERE user_id = $1 AND version < $2", 2, {TEXTOID, INT4OID}
-	};
+	static KvStatement clean = {"SELECT keyvault._forget_sealing_keys()", 0};
 	KvDataKey  *to;
 	uint32		version;
 
-	if (*user_id)
+	if (*user_id == '\0')
+		kv_statement_execute(&clean, NULL, NULL);
+	else
 		kv_user_lock(user_id, false);
 	version = kv_data_key_lock(user_id, true);
 	if (version == 0 || (expected != 0 && version != expected))
@@ -154,11 +170,7 @@ rotate(const char *user_id, uint32 expected)
 				 errmsg("another transaction is rotating this data key"),
 				 errhint("Retry the transaction.")));
 	if (reseal_all(to))
-	{
-		Datum		values[2] = {CStringGetTextDatum(user_id), Int32GetDatum(version + 1)};
-
-		kv_statement_execute(&forget, values, NULL);
-	}
+		forget_versions_before(user_id, version + 1);
 	return version + 1;
 }
 
@@ -255,4 +267,22 @@ keyvault_rotate_data_keys(PG_FUNCTION_ARGS)
 		kv_rotation_request_announce();
 	kv_owner_end(&scope);
 	PG_RETURN_INT32(rotated);
+}
+
+/* Take no more boxes for the sealing keys of before, and delete those that no stored box needs. */
+Datum
+keyvault_retire_sealing_keys(PG_FUNCTION_ARGS)
+{
+	static KvStatement retire = {"UPDATE keyvault.sealing_keys SET retired_at = now() WHERE retired_at > now()", 0};
+	static KvStatement clean = {"SELECT keyvault._forget_sealing_keys()", 0};
+	KvOwnerScope scope;
+	bool		isnull;
+	int64		forgotten;
+
+	require_rights();
+	kv_owner_begin(&scope);
+	kv_statement_execute(&retire, NULL, NULL);
+	forgotten = DatumGetInt64(kv_statement_value(&clean, NULL, NULL, &isnull));
+	kv_owner_end(&scope);
+	PG_RETURN_INT64(forgotten);
 }

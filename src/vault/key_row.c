@@ -172,6 +172,22 @@ write_beside(const KvNewKey *key, const pg_uuid_t *id)
 	kv_statement_execute(&upsert, values, NULL);
 }
 
+/* Have the key of a box stay until the transaction ends, so that whoever deletes retired ones sees the box. */
+static void
+hold_sealing_key(bytea *box)
+{
+	static KvStatement hold = {
+		"SELECT FROM keyvault.sealing_keys WHERE key_id = substr($1, 2, 4) FOR KEY SHARE", 1, {BYTEAOID}
+	};
+	Datum		value = PointerGetDatum(box);
+
+	if (kv_statement_execute(&hold, &value, NULL) == 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
+				 errmsg("the key that this one is sealed to has just been replaced"),
+				 errhint("Retry the transaction; seal a key of keyvault.store_sealed_api_key() to keyvault.sealing_key() again.")));
+}
+
 /*
  * Keep a key where this process may not open keys: as a box, which the worker makes a record.
  * Sets the id of its row.
@@ -193,6 +209,7 @@ write_box(const KvNewKey *key, pg_uuid_t *id)
 		kv_owner_fresh_snapshot_end();
 		box = kv_sealed_box_seal(&box_key, &binding, key->secret, strlen(key->secret));
 	}
+	hold_sealing_key(box);
 	*id = *id_for(key);
 	if (write_row(key, id, box, NULL))
 		forget_replacement(key->user_id, id);

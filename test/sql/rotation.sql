@@ -155,5 +155,37 @@ UPDATE keyvault.usage_records SET credits = 0, metadata = '{}' WHERE user_id = '
 UPDATE keyvault.usage_records SET metadata = '{"other": 1}' WHERE user_id = 'rot_a';
 DELETE FROM keyvault.usage_records WHERE user_id = 'rot_a';
 
+-- An erased user's sealed boxes, wherever a copy is, open with a sealing key, and that with the platform's data key.
+SELECT keyvault.sealing_key() ->> 'format' AS format;
+SELECT keyvault.upsert_user('rot_boxed'), keyvault.erase_user('rot_boxed');
+SELECT e.master_key_version = m.version AS master_key, e.master_key_retired_at, e.boxes_destroyed_at
+  FROM keyvault.erasure_status e, keyvault.master_keys m WHERE m.status = 'primary' AND e.user_id = 'rot_boxed';
+SELECT keyvault.rotate_data_key('') > 0 AS rotated;
+SELECT boxes_destroyed_at IS NULL AS sealing_key_is_left FROM keyvault.erasure_status WHERE user_id = 'rot_boxed';
+SET ROLE regress_rot_user;
+SELECT keyvault.retire_sealing_keys();
+SET ROLE regress_rot_admin;
+SELECT keyvault.retire_sealing_keys() > 0 AS deleted;
+RESET ROLE;
+SELECT boxes_destroyed_at IS NULL AS data_key_is_left FROM keyvault.erasure_status WHERE user_id = 'rot_boxed';
+SELECT keyvault.rotate_data_key('') > 0 AS rotated;
+SELECT e.boxes_destroyed_at IS NOT NULL AS destroyed, e.master_key_version = m.version AS master_key, e.master_key_retired_at
+  FROM keyvault.erasure_status e, keyvault.master_keys m WHERE m.status = 'primary' AND e.user_id = 'rot_boxed';
+-- Maintenance deletes retired ones; one that a stored box needs, or a call in the queue, stays.
+SELECT keyvault.sealing_key() ->> 'format' AS format;
+UPDATE keyvault.sealing_keys SET retired_at = now();
+SELECT keyvault.request('exa', '{}', user_id => 'rot_a', api_key => 'regress-key-for-one-call') IS NOT NULL AS queued;
+UPDATE keyvault.requests SET call_key = 'B'::bytea || '\x01' || (SELECT key_id FROM keyvault.sealing_keys) WHERE user_id = 'rot_a' AND call_key IS NOT NULL;
+SELECT count(*) AS jobs FROM keyvault.run_maintenance('purge');
+SELECT count(*) AS needed FROM keyvault.sealing_keys;
+SELECT keyvault.cancel_request(id) FROM keyvault.requests WHERE user_id = 'rot_a' AND call_key IS NOT NULL;
+INSERT INTO keyvault.api_keys (user_id, id, provider, name, ciphertext, hint)
+SELECT 'rot_a', keyvault.uuidv7(), 'exa', 'box', '\x01' || key_id || sha256('x') || sha256('y') || sha256('z') || sha256('z'), '' FROM keyvault.sealing_keys;
+SELECT count(*) AS jobs FROM keyvault.run_maintenance('purge');
+SELECT count(*) AS needed FROM keyvault.sealing_keys;
+DELETE FROM keyvault.api_keys WHERE user_id = 'rot_a' AND name = 'box';
+SELECT count(*) AS jobs FROM keyvault.run_maintenance('purge');
+SELECT count(*) AS left FROM keyvault.sealing_keys;
+
 SELECT keyvault.revoke_access('regress_rot_user', 'user'), keyvault.revoke_access('regress_rot_admin', 'admin');
 DROP ROLE regress_rot_user, regress_rot_admin;

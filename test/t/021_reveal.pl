@@ -61,6 +61,9 @@ is(state_of($node, "SELECT keyvault.store_sealed_api_key('openai', '\\x$box', us
 my $bad = seal_key($node, 'bad', 'sk-ant-another-providers-0123', 'exa');
 is(state_of($node, "SELECT keyvault.store_sealed_api_key('openai', '\\x$bad', user_id => 'bad')"), '', 'so is one that will not open');
 is(state_of($node, "SELECT keyvault.store_api_key('openai', 'sk-ant-another-providers-0123', user_id => 'after')"), 'KV009', 'plain keys are still checked');
+is(state_of($node, "SELECT keyvault.store_api_key('openai', 'sk-of-a-forgotten-user-0123456', user_id => 'forgotten')"), '', 'another user stores one');
+$node->safe_psql('postgres', "CREATE TABLE saved_key AS SELECT * FROM keyvault.api_keys WHERE user_id = 'forgotten'; CREATE TABLE saved_sealing AS TABLE keyvault.sealing_keys");
+$node->safe_psql('postgres', "SELECT keyvault.erase_user('forgotten')");
 my $call = queue_request($node, 'call', 'with-a-call-key', api_key => "'sk-only-for-this-call-0123456789'");
 is($node->safe_psql('postgres', "SELECT substr(call_key, 1, 2) FROM keyvault.requests WHERE id = '$call'"), '\x4201', 'a key for one call is in a box');
 my @requests = map { queue_request($node, $_, "call-of-$_") } qw(before after boxed);
@@ -93,6 +96,16 @@ is(state_of($node, "SELECT keyvault.store_platform_key('exa', 'platforms-own-key
 	is($node->safe_psql('postgres', 'SELECT count(*) FROM keyvault.rotation_requests'), '0', 'nothing is left to do');
 	ends_as($node, queue_request($node, 'after', 'call-after-rotation'), 'done', 'calls go on');
 	is(called_with('call-after-rotation'), 'sk-stored-while-off-0123456789', 'with the same key');
+}
+
+# Forgetting who was stored in a box: what a backup has of it opens until the sealing key and the platform's data key are gone.
+{
+	my $erasure = "FROM keyvault.erasure_status WHERE user_id = 'forgotten'";
+	is($node->safe_psql('postgres', "SELECT master_key_version, master_key_retired_at IS NULL, boxes_destroyed_at IS NULL $erasure"), '2|t|t', 'an erasure that is not complete');
+	cmp_ok($node->safe_psql('postgres', 'SELECT keyvault.retire_sealing_keys()'), '>', 0, 'sealing keys are deleted early');
+	$node->safe_psql('postgres', "SELECT keyvault.rotate_data_key('')");
+	ok(wait_until(sub { $node->safe_psql('postgres', "SELECT boxes_destroyed_at IS NOT NULL $erasure") eq 't' }), 'then the worker rotates what sealed them');
+	is($node->safe_psql('postgres', "SELECT master_key_version, master_key_retired_at IS NULL $erasure"), '2|t', 'the master key of that time is still to be retired');
 }
 
 # The worker's memory is its own. The control is a session, where the system lets us look at that.
@@ -139,6 +152,12 @@ SKIP:
 # Everything is back when it is turned on again.
 set_config($node, 'keyvault.reveal', undef);
 is($node->safe_psql('postgres', "SELECT keyvault.user_api_key('openai', 'boxed')"), 'sk-sealed-while-off-0123456789', 'on again: keys can be read');
+$node->safe_psql('postgres', <<'SQL');
+UPDATE keyvault.users SET status = 'active' WHERE user_id = 'forgotten';
+INSERT INTO keyvault.sealing_keys TABLE saved_sealing;
+INSERT INTO keyvault.api_keys TABLE saved_key;
+SQL
+is(state_of($node, "SELECT keyvault.user_api_key('openai', 'forgotten')"), 'KV005', 'rows of a backup do not bring back the key of an erased user');
 $in .= "SELECT keyvault.user_api_key('openai', 'after');\n\\q\n";
 $session->finish;
 like($out, qr/sk-stored-while-off/, 'in the session from before, too');
