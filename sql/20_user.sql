@@ -49,23 +49,50 @@ CREATE FUNCTION keyvault._keep_used_plan() RETURNS trigger
     SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
-    IF TG_OP = 'UPDATE' AND NEW.monthly_credits IS DISTINCT FROM OLD.monthly_credits THEN
-        NEW.credits_changed_at := clock_timestamp();
+    IF TG_OP = 'UPDATE' THEN
+        IF NEW.monthly_credits IS DISTINCT FROM OLD.monthly_credits THEN
+            NEW.credits_changed_at := clock_timestamp();
+        END IF;
+        IF NEW.plan = OLD.plan THEN
+            RETURN NEW;
+        END IF;
+    -- A seed that gives way to an inserted row of the same name goes before that row comes: what remains is seen at commit.
+    ELSIF TG_WHEN = 'BEFORE' AND OLD.seeded AND pg_trigger_depth() > 1
+          OR TG_WHEN = 'AFTER' AND EXISTS (SELECT FROM keyvault.plans p WHERE p.plan = OLD.plan)
+    THEN
+        RETURN OLD;
     END IF;
-    -- A seed that gives way to an inserted row of the same name is replaced, not deleted.
-    IF pg_trigger_depth() > 1 OR (TG_OP = 'UPDATE' AND NEW.plan = OLD.plan) THEN
-        RETURN coalesce(NEW, OLD);
-    END IF;
+    -- Who puts a user on a plan holds its row: with a snapshot of now, what was committed until then is seen.
     IF OLD.plan = 'free' OR EXISTS (SELECT FROM keyvault.users u WHERE u.plan = OLD.plan) THEN
         RAISE EXCEPTION 'plan "%" is in use', OLD.plan
             USING ERRCODE = 'dependent_objects_still_exist',
                   HINT = 'Move its users with keyvault.set_plan() first; plan free is every new user''s.';
+    ELSIF current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
+        RAISE EXCEPTION 'plans are deleted and renamed at isolation level read committed only'
+            USING ERRCODE = 'invalid_transaction_state',
+                  DETAIL = 'A user that was put on the plan after the transaction''s snapshot would not be seen.',
+                  HINT = 'SET default_transaction_isolation = ''read committed'', or begin the transaction so.';
     END IF;
     RETURN coalesce(NEW, OLD);
 END $$;
-COMMENT ON FUNCTION keyvault._keep_used_plan() IS 'Trigger of plans: refuses with 2BP01 to delete or rename one that users are on, and sets credits_changed_at.';
+COMMENT ON FUNCTION keyvault._keep_used_plan() IS
+    'Trigger of plans: refuses to delete or rename one that users are on, with 2BP01, and any above READ COMMITTED, with 25000; sets credits_changed_at.';
 CREATE TRIGGER keep_used_plan BEFORE UPDATE OR DELETE ON keyvault.plans
     FOR EACH ROW EXECUTE FUNCTION keyvault._keep_used_plan();
+CREATE CONSTRAINT TRIGGER keep_replaced_plan AFTER DELETE ON keyvault.plans DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW WHEN (OLD.seeded) EXECUTE FUNCTION keyvault._keep_used_plan();
+
+CREATE FUNCTION keyvault._refuse_missing_plan(plan text) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    RAISE EXCEPTION 'plan "%" does not exist', plan
+        USING ERRCODE = 'undefined_object',
+              DETAIL = 'A user is on it, and nothing says what that user may spend.',
+              HINT = 'Add it with INSERT INTO keyvault.plans; then keyvault.set_plan() can move its users.';
+END $$;
+COMMENT ON FUNCTION keyvault._refuse_missing_plan(text) IS 'Raises 42704: no debit goes by a plan that is not there.';
 
 CREATE TABLE keyvault.users (
     user_id text COLLATE "C" PRIMARY KEY CHECK (octet_length(user_id) BETWEEN 1 AND 255),
@@ -165,7 +192,7 @@ DECLARE
     used numeric;
     overage numeric;
 BEGIN
-    SELECT coalesce($3, p.monthly_credits) INTO agreed FROM keyvault.plans p WHERE p.plan = $2;
+    SELECT coalesce($3, p.monthly_credits) INTO agreed FROM keyvault.plans p WHERE p.plan = $2 FOR KEY SHARE;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'unknown plan "%"', $2
             USING ERRCODE = 'invalid_parameter_value',

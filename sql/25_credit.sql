@@ -367,7 +367,10 @@ BEGIN
         balance.credits_used := 0;
         balance.credits_covered := 0;
         balance.credits_overage := 0;
-        balance.monthly_credits := coalesce(u.monthly_credits, (SELECT p.monthly_credits FROM keyvault.plans p WHERE p.plan = u.plan));
+        SELECT coalesce(u.monthly_credits, p.monthly_credits) INTO balance.monthly_credits FROM keyvault.plans p WHERE p.plan = u.plan;
+        IF NOT FOUND THEN
+            PERFORM keyvault._refuse_missing_plan(u.plan);
+        END IF;
         balance.period_start := keyvault._period_bound(balance.period_anchor, number);
         balance.period_end := keyvault._period_bound(balance.period_anchor, number + 1);
     END IF;
@@ -386,6 +389,9 @@ BEGIN
     IF balance.user_id IS NULL THEN
         PERFORM keyvault._ensure_user($1, may_create);
         balance := keyvault._gather_slots($1);
+        IF balance.user_id IS NULL THEN
+            PERFORM keyvault._refuse_missing_plan(u.plan) FROM keyvault.users u WHERE u.user_id = $1;
+        END IF;
     END IF;
     IF balance.due_at <= now() THEN
         balance := keyvault._catch_up(balance);
@@ -393,7 +399,7 @@ BEGIN
     RETURN balance;
 END $$;
 COMMENT ON FUNCTION keyvault._lock_balance(text, boolean) IS
-    'Locks a user''s balance, after making the user where allowed, does what is due, and returns the row. Error: 22023.';
+    'Locks a user''s balance, after making the user where allowed, does what is due, and returns the row. Errors: 22023, 42704 a plan that is not there.';
 
 CREATE FUNCTION keyvault._refuse_credits(balance keyvault.credit_balances, amount numeric) RETURNS void
     LANGUAGE plpgsql
@@ -481,7 +487,7 @@ BEGIN
     -- Whoever holds a balance does what is due itself. Without slots, grants and budgets that is little.
     SELECT array_agg(d.b) FILTER (WHERE p.is_plain), array_agg(d.b) FILTER (WHERE NOT p.is_plain) INTO plain, others
       FROM (SELECT b FROM keyvault.credit_balances b
-             WHERE b.slot = 0 AND b.due_at <= now() AND EXISTS (SELECT FROM keyvault.users u WHERE u.user_id = b.user_id)
+             WHERE b.slot = 0 AND b.due_at <= now() AND EXISTS (SELECT FROM keyvault.users u JOIN keyvault.plans p ON p.plan = u.plan WHERE u.user_id = b.user_id)
              ORDER BY b.due_at LIMIT batch FOR NO KEY UPDATE SKIP LOCKED) d
      CROSS JOIN LATERAL (SELECT (d.b).credits_lent = 0 AND (d.b).extra_credits = 0 AND (d.b).extra_spent = 0
                                 AND coalesce((d.b).notice_at, 0) >= 0) p(is_plain);

@@ -121,11 +121,14 @@ AS $$
 DECLARE
     p keyvault.plans;
 BEGIN
-    SELECT * INTO STRICT p FROM keyvault.plans WHERE plan = $1;
+    SELECT * INTO p FROM keyvault.plans WHERE plan = $1;
+    IF NOT FOUND THEN
+        PERFORM keyvault._refuse_missing_plan($1);
+    END IF;
     RETURN keyvault._credits_of(p, payer, cost_usd);
 END $$;
 COMMENT ON FUNCTION keyvault._credits_owed(text, text, numeric) IS
-    'What a cost in USD is in credits on the plan of that name.';
+    'What a cost in USD is in credits on the plan of that name. Error: 42704.';
 
 CREATE FUNCTION keyvault._unknown_model_usd(plan keyvault.plans, provider text, tokens bigint, problem text, hint text) RETURNS numeric
     LANGUAGE plpgsql
@@ -176,8 +179,11 @@ DECLARE
     sold_usd numeric;
     sold_used jsonb;
 BEGIN
-    SELECT p AS plan, EXISTS (SELECT FROM keyvault.plan_prices s WHERE s.plan = p.plan) AS sells INTO STRICT users_plan
+    SELECT p AS plan, EXISTS (SELECT FROM keyvault.plan_prices s WHERE s.plan = p.plan) AS sells INTO users_plan
       FROM keyvault.plans p WHERE p.plan = coalesce((SELECT u.plan FROM keyvault.users u WHERE u.user_id = $1), 'free');
+    IF NOT FOUND THEN
+        PERFORM keyvault._refuse_missing_plan(coalesce((SELECT u.plan FROM keyvault.users u WHERE u.user_id = $1), 'free'));
+    END IF;
     plan := users_plan.plan;
     priced_provider := provider;
     IF cost_usd > 0 THEN

@@ -35,22 +35,51 @@ CREATE OR REPLACE FUNCTION keyvault._keep_used_plan() RETURNS trigger
     SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
-    IF TG_OP = 'UPDATE' AND NEW.monthly_credits IS DISTINCT FROM OLD.monthly_credits THEN
-        NEW.credits_changed_at := clock_timestamp();
+    IF TG_OP = 'UPDATE' THEN
+        IF NEW.monthly_credits IS DISTINCT FROM OLD.monthly_credits THEN
+            NEW.credits_changed_at := clock_timestamp();
+        END IF;
+        IF NEW.plan = OLD.plan THEN
+            RETURN NEW;
+        END IF;
+    -- A seed that gives way to an inserted row of the same name goes before that row comes: what remains is seen at commit.
+    ELSIF TG_WHEN = 'BEFORE' AND OLD.seeded AND pg_trigger_depth() > 1
+          OR TG_WHEN = 'AFTER' AND EXISTS (SELECT FROM keyvault.plans p WHERE p.plan = OLD.plan)
+    THEN
+        RETURN OLD;
     END IF;
-    -- A seed that gives way to an inserted row of the same name is replaced, not deleted.
-    IF pg_trigger_depth() > 1 OR (TG_OP = 'UPDATE' AND NEW.plan = OLD.plan) THEN
-        RETURN coalesce(NEW, OLD);
-    END IF;
+    -- Who puts a user on a plan holds its row: with a snapshot of now, what was committed until then is seen.
     IF OLD.plan = 'free' OR EXISTS (SELECT FROM keyvault.users u WHERE u.plan = OLD.plan) THEN
         RAISE EXCEPTION 'plan "%" is in use', OLD.plan
             USING ERRCODE = 'dependent_objects_still_exist',
                   HINT = 'Move its users with keyvault.set_plan() first; plan free is every new user''s.';
+    ELSIF current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
+        RAISE EXCEPTION 'plans are deleted and renamed at isolation level read committed only'
+            USING ERRCODE = 'invalid_transaction_state',
+                  DETAIL = 'A user that was put on the plan after the transaction''s snapshot would not be seen.',
+                  HINT = 'SET default_transaction_isolation = ''read committed'', or begin the transaction so.';
     END IF;
     RETURN coalesce(NEW, OLD);
 END $$;
 
-COMMENT ON FUNCTION keyvault._keep_used_plan() IS 'Trigger of plans: refuses with 2BP01 to delete or rename one that users are on, and sets credits_changed_at.';
+COMMENT ON FUNCTION keyvault._keep_used_plan() IS
+    'Trigger of plans: refuses to delete or rename one that users are on, with 2BP01, and any above READ COMMITTED, with 25000; sets credits_changed_at.';
+
+CREATE CONSTRAINT TRIGGER keep_replaced_plan AFTER DELETE ON keyvault.plans DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW WHEN (OLD.seeded) EXECUTE FUNCTION keyvault._keep_used_plan();
+
+CREATE FUNCTION keyvault._refuse_missing_plan(plan text) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    RAISE EXCEPTION 'plan "%" does not exist', plan
+        USING ERRCODE = 'undefined_object',
+              DETAIL = 'A user is on it, and nothing says what that user may spend.',
+              HINT = 'Add it with INSERT INTO keyvault.plans; then keyvault.set_plan() can move its users.';
+END $$;
+REVOKE ALL ON FUNCTION keyvault._refuse_missing_plan(text) FROM PUBLIC;
+COMMENT ON FUNCTION keyvault._refuse_missing_plan(text) IS 'Raises 42704: no debit goes by a plan that is not there.';
 
 COMMENT ON COLUMN keyvault.plans.credits_per_usd IS
     'Credits per USD: a use is debited (provider cost + infrastructure_usd) * (1 + margin) * credits_per_usd.';
@@ -120,7 +149,7 @@ DECLARE
     used numeric;
     overage numeric;
 BEGIN
-    SELECT coalesce($3, p.monthly_credits) INTO agreed FROM keyvault.plans p WHERE p.plan = $2;
+    SELECT coalesce($3, p.monthly_credits) INTO agreed FROM keyvault.plans p WHERE p.plan = $2 FOR KEY SHARE;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'unknown plan "%"', $2
             USING ERRCODE = 'invalid_parameter_value',
@@ -650,7 +679,10 @@ BEGIN
         balance.credits_used := 0;
         balance.credits_covered := 0;
         balance.credits_overage := 0;
-        balance.monthly_credits := coalesce(u.monthly_credits, (SELECT p.monthly_credits FROM keyvault.plans p WHERE p.plan = u.plan));
+        SELECT coalesce(u.monthly_credits, p.monthly_credits) INTO balance.monthly_credits FROM keyvault.plans p WHERE p.plan = u.plan;
+        IF NOT FOUND THEN
+            PERFORM keyvault._refuse_missing_plan(u.plan);
+        END IF;
         balance.period_start := keyvault._period_bound(balance.period_anchor, number);
         balance.period_end := keyvault._period_bound(balance.period_anchor, number + 1);
     END IF;
@@ -671,6 +703,9 @@ BEGIN
     IF balance.user_id IS NULL THEN
         PERFORM keyvault._ensure_user($1, may_create);
         balance := keyvault._gather_slots($1);
+        IF balance.user_id IS NULL THEN
+            PERFORM keyvault._refuse_missing_plan(u.plan) FROM keyvault.users u WHERE u.user_id = $1;
+        END IF;
     END IF;
     IF balance.due_at <= now() THEN
         balance := keyvault._catch_up(balance);
@@ -679,7 +714,7 @@ BEGIN
 END $$;
 
 COMMENT ON FUNCTION keyvault._lock_balance(text, boolean) IS
-    'Locks a user''s balance, after making the user where allowed, does what is due, and returns the row. Error: 22023.';
+    'Locks a user''s balance, after making the user where allowed, does what is due, and returns the row. Errors: 22023, 42704 a plan that is not there.';
 
 DROP FUNCTION keyvault._require_credits(user_id text, amount numeric, may_create boolean);
 CREATE FUNCTION keyvault._require_credits(user_id text, amount numeric, may_create boolean) RETURNS keyvault.credit_balances
@@ -756,7 +791,7 @@ BEGIN
     -- Whoever holds a balance does what is due itself. Without slots, grants and budgets that is little.
     SELECT array_agg(d.b) FILTER (WHERE p.is_plain), array_agg(d.b) FILTER (WHERE NOT p.is_plain) INTO plain, others
       FROM (SELECT b FROM keyvault.credit_balances b
-             WHERE b.slot = 0 AND b.due_at <= now() AND EXISTS (SELECT FROM keyvault.users u WHERE u.user_id = b.user_id)
+             WHERE b.slot = 0 AND b.due_at <= now() AND EXISTS (SELECT FROM keyvault.users u JOIN keyvault.plans p ON p.plan = u.plan WHERE u.user_id = b.user_id)
              ORDER BY b.due_at LIMIT batch FOR NO KEY UPDATE SKIP LOCKED) d
      CROSS JOIN LATERAL (SELECT (d.b).credits_lent = 0 AND (d.b).extra_credits = 0 AND (d.b).extra_spent = 0
                                 AND coalesce((d.b).notice_at, 0) >= 0) p(is_plain);
@@ -2930,12 +2965,15 @@ AS $$
 DECLARE
     p keyvault.plans;
 BEGIN
-    SELECT * INTO STRICT p FROM keyvault.plans WHERE plan = $1;
+    SELECT * INTO p FROM keyvault.plans WHERE plan = $1;
+    IF NOT FOUND THEN
+        PERFORM keyvault._refuse_missing_plan($1);
+    END IF;
     RETURN keyvault._credits_of(p, payer, cost_usd);
 END $$;
 
 COMMENT ON FUNCTION keyvault._credits_owed(text, text, numeric) IS
-    'What a cost in USD is in credits on the plan of that name.';
+    'What a cost in USD is in credits on the plan of that name. Error: 42704.';
 
 CREATE FUNCTION keyvault._unknown_model_usd(plan keyvault.plans, provider text, tokens bigint, problem text, hint text) RETURNS numeric
     LANGUAGE plpgsql
@@ -2988,8 +3026,11 @@ DECLARE
     sold_usd numeric;
     sold_used jsonb;
 BEGIN
-    SELECT p AS plan, EXISTS (SELECT FROM keyvault.plan_prices s WHERE s.plan = p.plan) AS sells INTO STRICT users_plan
+    SELECT p AS plan, EXISTS (SELECT FROM keyvault.plan_prices s WHERE s.plan = p.plan) AS sells INTO users_plan
       FROM keyvault.plans p WHERE p.plan = coalesce((SELECT u.plan FROM keyvault.users u WHERE u.user_id = $1), 'free');
+    IF NOT FOUND THEN
+        PERFORM keyvault._refuse_missing_plan(coalesce((SELECT u.plan FROM keyvault.users u WHERE u.user_id = $1), 'free'));
+    END IF;
     plan := users_plan.plan;
     priced_provider := provider;
     IF cost_usd > 0 THEN
