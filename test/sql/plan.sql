@@ -50,6 +50,24 @@ SELECT keyvault.set_plan('pl_a', 'pl_other');
 SELECT monthly_credits::float FROM keyvault.credit_balances WHERE user_id = 'pl_a';
 ROLLBACK;
 
+-- An administrator sets plans and prices.
+BEGIN;
+CREATE ROLE regress_kv_plan_admin;
+SELECT keyvault.grant_access('regress_kv_plan_admin', 'admin');
+SET ROLE regress_kv_plan_admin;
+INSERT INTO keyvault.plans (plan, monthly_credits) VALUES ('pl_admin', 10);
+INSERT INTO keyvault.model_prices (provider, model, input_usd_per_mtok, output_usd_per_mtok, context_tiers) VALUES ('pl_acme', 'm', 1, 2, NULL), ('openai', 'gpt-5', 3, 4, '[{"over": 10, "input": 5}]');
+INSERT INTO keyvault.plan_prices (plan, provider, model, input_usd_per_mtok, output_usd_per_mtok, context_tiers) VALUES ('pl_admin', 'pl_acme', 'm', 1, 2, '[{"over": 10, "input": 5}]');
+UPDATE keyvault.plans SET margin = 0.1, notice_percents = '{90}' WHERE plan = 'pl_admin';
+UPDATE keyvault.model_prices SET output_usd_per_mtok = 5, context_tiers = '[{"over": 20, "input": 5}]' WHERE provider = 'pl_acme';
+UPDATE keyvault.plan_prices SET usd_per_request = 0.1 WHERE plan = 'pl_admin';
+UPDATE keyvault.providers SET usd_per_request = usd_per_request WHERE provider = 'openai';
+UPDATE keyvault.model_prices SET context_tiers = '[]' WHERE provider = 'pl_acme';
+DELETE FROM keyvault.plan_prices WHERE plan = 'pl_admin';
+DELETE FROM keyvault.model_prices WHERE provider = 'pl_acme';
+DELETE FROM keyvault.plans WHERE plan = 'pl_admin';
+ROLLBACK;
+
 DROP TABLE pl_table;
 DROP FUNCTION pl_delete();
 SELECT count(keyvault.set_plan(user_id, 'free')) FROM keyvault.users WHERE user_id LIKE 'pl\__';
