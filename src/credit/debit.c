@@ -102,12 +102,20 @@ find_columns(Relation relation)
 	columns_known_at = now;
 }
 
+/*
+ * When a use can have been: from the epoch of Unix, and of UUIDs version 7, to the end of the last year of four digits,
+ * which name months. PostgreSQL's own calendar goes further than its arithmetic with months.
+ */
+#define FIRST_CREATED_AT (((int64) UNIX_EPOCH_JDATE - POSTGRES_EPOCH_JDATE) * USECS_PER_DAY)
+#define END_OF_CREATED_AT (INT64CONST(2921940) * USECS_PER_DAY)	/* 8000 years after PostgreSQL's epoch, 2000-01-01 */
+
 static void
-raise_bad_value(int column, const char *what)
+raise_bad_value(int column, const char *what, const char *hint)
 {
 	ereport(ERROR,
 			(errcode(ERRCODE_CHECK_VIOLATION),
-			 errmsg("%s of a usage record must be %s", column_names[column], what)));
+			 errmsg("%s of a usage record must be %s", column_names[column], what),
+			 errhint("%s", hint)));
 }
 
 /* See that an amount is a number, and zero or more. Error: 23514. */
@@ -115,9 +123,9 @@ static void
 check_amount(int column, Numeric amount)
 {
 	if (numeric_is_nan(amount) || numeric_is_inf(amount))
-		raise_bad_value(column, "a number");
+		raise_bad_value(column, "a number", "NaN and Infinity are none; 0 is.");
 	if (!kv_amount_at_most(kv_amount_zero(), amount))
-		raise_bad_value(column, "zero or more");
+		raise_bad_value(column, "zero or more", "keyvault.refund_usage() gives back what a record cost, keyvault.grant_credits() gives any credits.");
 }
 
 /* What the table's CHECKs would say. */
@@ -127,17 +135,18 @@ check_row(const Datum *values, const bool *isnull)
 	text	   *type = DatumGetTextPP(values[TYPE]);
 	text	   *payer = DatumGetTextPP(values[PAYER]);
 	Size		payer_length = VARSIZE_ANY_EXHDR(payer);
+	TimestampTz created_at = DatumGetTimestampTz(values[CREATED_AT]);
 
 	if (VARSIZE_ANY_EXHDR(type) == 0 || VARSIZE_ANY_EXHDR(type) > TYPE_MAX)
-		raise_bad_value(TYPE, "1 to 63 bytes long");
+		raise_bad_value(TYPE, "1 to 63 bytes long", "Pass chat, api, automation or a word of your own.");
 	if (!(payer_length == 4 && memcmp(VARDATA_ANY(payer), "user", 4) == 0) &&
 		!(payer_length == 8 && memcmp(VARDATA_ANY(payer), "platform", 8) == 0))
-		raise_bad_value(PAYER, "user or platform");
-	if (TIMESTAMP_NOT_FINITE(DatumGetTimestampTz(values[CREATED_AT])))
-		raise_bad_value(CREATED_AT, "finite");
+		raise_bad_value(PAYER, "user or platform", "It is whose key was used: the user's own, or the platform's.");
+	if (created_at < FIRST_CREATED_AT || created_at >= END_OF_CREATED_AT)
+		raise_bad_value(CREATED_AT, "in the years 1970 to 9999, UTC", "It is when the use was; left out, it is now.");
 	for (int i = INPUT_TOKENS; i <= REASONING_TOKENS; i++)
 		if (!isnull[i] && DatumGetInt64(values[i]) < 0)
-			raise_bad_value(i, "zero or more");
+			raise_bad_value(i, "zero or more", "Leave out what was not counted.");
 	for (int i = CREDITS; i <= UNITS; i++)
 		if (!isnull[i])
 			check_amount(i, DatumGetNumeric(values[i]));
