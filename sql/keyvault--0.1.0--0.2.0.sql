@@ -2069,6 +2069,9 @@ CREATE FUNCTION keyvault._make_usage_partition(month timestamptz) RETURNS void
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
     SET lock_timeout = '100ms'
+    -- The bounds go through text, which must not be read with another date order or an abbreviation's other time zone.
+    SET datestyle = 'ISO'
+    SET timezone = 'UTC'
 AS $$
 DECLARE
     partition text := keyvault._usage_partition_name(month);

@@ -197,3 +197,17 @@ SELECT right(id::text, 1) AS id, (SELECT count(*) FROM keyvault.responses a WHER
 SELECT count(*) FROM keyvault.requests WHERE id = :'open_request';
 SELECT count(*) FROM keyvault.credit_holds WHERE user_id = 'us_c' AND expires_at < now() AND amount > 0;
 SELECT keyvault.cancel_request(:'open_request');
+
+-- A month's bounds are the same whatever date order and time zone the session reads and writes.
+CREATE FUNCTION pg_temp.bounds(style text, zone text, month timestamptz) RETURNS text LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM set_config('datestyle', style, true), set_config('timezone', zone, true);
+    PERFORM keyvault._make_usage_partition(month);
+    PERFORM set_config('datestyle', 'ISO', true), set_config('timezone', 'UTC', true);
+    RETURN (SELECT c.relname || ' ' || pg_get_expr(c.relpartbound, c.oid) FROM pg_class c WHERE c.oid = ('keyvault.' || keyvault._usage_partition_name(month))::regclass);
+END $$;
+BEGIN;
+SELECT pg_temp.bounds(style, zone, month) FROM (VALUES
+    ('SQL, DMY', 'Asia/Shanghai', timestamptz '2031-02-01 00:00+00'), ('SQL, DMY', 'Asia/Kolkata', '2031-03-01 00:00+00'), ('German', 'America/New_York', '2031-04-01 00:00+00'),
+    ('Postgres, MDY', 'Asia/Kolkata', '2031-05-01 00:00+00'), ('ISO', 'America/St_Johns', '2031-06-01 00:00+00')) s(style, zone, month);
+ROLLBACK;
