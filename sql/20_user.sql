@@ -156,19 +156,22 @@ CREATE FUNCTION keyvault._upsert_user(user_id text, email text, name text, image
     SET search_path = pg_catalog, pg_temp
 AS $$
 #variable_conflict use_column
+DECLARE
+    had keyvault.users;
 BEGIN
     INSERT INTO keyvault.users AS u (user_id, email, name, image)
     VALUES ($1, $2, $3, $4)
     ON CONFLICT (user_id) DO UPDATE
        SET email = coalesce($2, u.email), name = coalesce($3, u.name), image = coalesce($4, u.image), updated_at = now()
-     WHERE u.status <> 'erased';
+     WHERE u.status <> 'erased'
+    RETURNING u.* INTO had;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'user "%" is erased', $1
             USING ERRCODE = 'KV007', HINT = 'What was erased does not come back; a new user needs another user_id.';
     END IF;
     PERFORM keyvault._create_balance($1);
     IF $5 IS NOT NULL THEN
-        PERFORM keyvault._set_plan($1, $5, NULL);
+        PERFORM keyvault._set_plan($1, $5, CASE WHEN had.plan = $5 THEN had.monthly_credits END);
     END IF;
     RETURN $1;
 END $$;
@@ -178,7 +181,7 @@ CREATE FUNCTION keyvault.upsert_user(user_id text, email text = NULL, name text 
     LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'keyvault_upsert_user';
 COMMENT ON FUNCTION keyvault.upsert_user(text, text, text, text, text) IS
-    'Makes a user, on plan free unless plan names another, or changes the fields given (NULL leaves a field as it is); returns user_id. Errors: 42501 without the right to act for any user or access admin, 22023 for an unknown plan or a bad user_id.';
+    'Makes a user, on plan free unless plan names another, or changes the fields given (NULL leaves a field as it is, and the plan that the user is on leaves the credits agreed with it); returns user_id. Errors: 42501 without the right to act for any user or access admin, 22023 for an unknown plan or a bad user_id.';
 
 CREATE FUNCTION keyvault._set_plan(user_id text, plan text, monthly_credits numeric) RETURNS void
     LANGUAGE plpgsql

@@ -115,17 +115,17 @@ END $$;
 COMMENT ON FUNCTION keyvault._balance_now(keyvault.credit_balances, numeric) IS
     'A balance, with what all its slots have used, as it is once what is due now() has been done, which nothing need have done yet: what _catch_up makes of it, without writing.';
 
-CREATE FUNCTION keyvault._check_amount(amount numeric, at_least numeric) RETURNS void
+CREATE FUNCTION keyvault._check_amount(amount numeric, at_least numeric, unit text = 'credits') RETURNS void
     LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
     SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
     IF amount IS NULL OR amount = 'NaN' OR round(amount, 6) < at_least OR amount >= 1e12 THEN
-        RAISE EXCEPTION 'amount must be between % and 999999999999 credits', at_least
-            USING ERRCODE = 'invalid_parameter_value', HINT = 'Credits have six decimal places.';
+        RAISE EXCEPTION 'amount must be between % and 999999999999 %', at_least, unit
+            USING ERRCODE = 'invalid_parameter_value', HINT = 'An amount has six decimal places.';
     END IF;
 END $$;
-COMMENT ON FUNCTION keyvault._check_amount(numeric, numeric) IS 'Error 22023 unless amount is a number of credits of at_least or more.';
+COMMENT ON FUNCTION keyvault._check_amount(numeric, numeric, text) IS 'Error 22023 unless amount is a number, of credits or another unit, of at_least or more.';
 
 CREATE FUNCTION keyvault._grant_credits(user_id text, amount numeric, reason text, expires_at timestamptz, idempotency_key text,
                                         price_usd numeric, may_create boolean) RETURNS uuid
@@ -136,6 +136,7 @@ AS $$
 DECLARE
     balance keyvault.credit_balances;
     earlier keyvault.credit_grants;
+    ends constant timestamptz := nullif($4, 'infinity');
 BEGIN
     PERFORM keyvault._check_amount($2, 0.000001);
     IF octet_length($3) NOT BETWEEN 1 AND 1024 OR $3 IS NULL THEN
@@ -154,18 +155,18 @@ BEGIN
     -- Under the balance's lock nobody else inserts the same key.
     SELECT * INTO earlier FROM keyvault.credit_grants g WHERE g.user_id = $1 AND g.idempotency_key = $5;
     IF FOUND THEN
-        IF earlier.amount <> round($2, 6) OR earlier.reason <> $3 OR earlier.expires_at IS DISTINCT FROM $4
+        IF earlier.amount <> round($2, 6) OR earlier.reason <> $3 OR earlier.expires_at IS DISTINCT FROM ends
            OR earlier.price_usd IS DISTINCT FROM round($6, 6) THEN
             RAISE EXCEPTION 'idempotency key was already used for another grant'
                 USING ERRCODE = 'invalid_parameter_value', HINT = 'Use a new idempotency key for each different grant.';
         END IF;
         RETURN earlier.id;
     END IF;
-    IF $4 <= now() THEN
+    IF ends <= now() THEN
         RAISE EXCEPTION 'expires_at must be in the future'
             USING ERRCODE = 'invalid_parameter_value', HINT = 'Leave it out for credits that do not expire.';
     END IF;
-    RETURN keyvault._add_grant(balance, keyvault.uuidv7(), $2, 'grant', $3, $4, NULL, $5, $6);
+    RETURN keyvault._add_grant(balance, keyvault.uuidv7(), $2, 'grant', $3, ends, NULL, $5, $6);
 END $$;
 COMMENT ON FUNCTION keyvault._grant_credits(text, numeric, text, timestamptz, text, numeric, boolean) IS 'grant_credits, after its caller was checked.';
 
@@ -188,7 +189,7 @@ BEGIN
         balance.credits_overage := balance.credits_overage + overage;
     END IF;
     INSERT INTO keyvault.credit_grants (user_id, id, amount, remaining, kind, reason, expires_at, usage_id, idempotency_key, price_usd)
-    VALUES (balance.user_id, $2, $3, $3, $4, $5, nullif($6, 'infinity'), $7, $8, $9);
+    VALUES (balance.user_id, $2, $3, $3, $4, $5, $6, $7, $8, $9);
     balance.extra_credits := balance.extra_credits + round($3, 6);
     PERFORM keyvault._save_balance(balance);
     RETURN $2;

@@ -137,7 +137,8 @@ BEGIN
         RAISE EXCEPTION 'cost_usd must be between 0 and 999999999 USD'
             USING ERRCODE = 'invalid_parameter_value', HINT = 'It is what the use is expected to cost the provider''s customer.';
     END IF;
-    IF ttl IS NULL OR ttl <= interval '0' OR ttl > interval '1 year' THEN
+    -- As intervals compare, a year has 360 days.
+    IF ttl IS NULL OR ttl <= interval '0' OR ttl > interval '2 years' OR now() + ttl > now() + interval '1 year' THEN
         RAISE EXCEPTION 'ttl must be more than 0 and at most a year'
             USING ERRCODE = 'invalid_parameter_value', HINT = 'It is how long the credits stay set aside if nobody settles the hold.';
     END IF;
@@ -196,7 +197,7 @@ BEGIN
     charged := keyvault._settle_hold($1, $2, owed);
     INSERT INTO keyvault.usage_records (user_id, id, type, provider, model, input_tokens, cached_tokens, output_tokens, tokens, credits,
                                         credits_overrun, cost_usd, issued_key_id, metadata, member_id, hold_id)
-    VALUES ($1, $2, coalesce($4, 'api'), $9, coalesce($5, h.model), $6, $10, $7, coalesce($6, 0) + coalesce($7, 0), charged,
+    VALUES ($1, $2, coalesce($4, 'api'), $9, coalesce($5, h.model), $6, $10, $7, coalesce($6, 0)::bigint + coalesce($7, 0), charged,
             owed - charged,
             coalesce($11, keyvault._price_usd($9, coalesce($5, h.model), $6, $10, $7, NULL, NULL), h.cost_usd), h.issued_key_id, coalesce($8, '{}'), h.member_id, $2);
     RETURN $2;

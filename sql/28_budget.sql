@@ -182,14 +182,21 @@ BEGIN
     budget.amount := $2;
     budget.window_start := date_trunc($3, now(), 'UTC');
     IF $5 = 'issued_key' THEN
-        the_target := the_target::uuid::text;
+        BEGIN
+            the_target := the_target::uuid::text;
+        EXCEPTION
+            WHEN invalid_text_representation THEN
+                RAISE EXCEPTION 'target of a budget for an issued key must be its id, a uuid'
+                    USING ERRCODE = 'invalid_text_representation', HINT = 'Pass what usage records have as issued_key_id.';
+        END;
     END IF;
-    PERFORM keyvault._lock_balance($1, $7);
+    -- Nobody is made to have a budget removed.
+    PERFORM keyvault._lock_balance($1, $7 AND $2 IS NOT NULL);
     IF $2 IS NULL THEN
         DELETE FROM keyvault.credit_budgets
          WHERE user_id = $1 AND scope = $5 AND target = the_target AND per = $3 AND unit = $4 RETURNING id INTO budget.id;
     ELSE
-        PERFORM keyvault._check_amount($2, 0);
+        PERFORM keyvault._check_amount($2, 0, CASE $4 WHEN 'usd' THEN 'USD' ELSE 'credits' END);
         INSERT INTO keyvault.credit_budgets AS g (user_id, scope, target, per, unit, amount, window_start)
         VALUES ($1, $5, the_target, $3, $4, $2, budget.window_start)
         ON CONFLICT (user_id, scope, target, per, unit) DO UPDATE SET amount = excluded.amount, updated_at = now()
@@ -210,7 +217,7 @@ CREATE FUNCTION keyvault.set_budget(user_id text, amount numeric, per text = 'mo
     LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'keyvault_set_budget';
 COMMENT ON FUNCTION keyvault.set_budget(text, numeric, text, text, text, text) IS
-    'Limits what a user (scope user), or its use that names target as member_id, issued_key_id or model, may spend per UTC day or month, in credits or USD of provider cost; returns the budget''s id. A budget of the same scope, target, per and unit is changed; amount NULL removes it. Errors: 42501 without the right to act for any user or access admin, 22004, 22023, 22P02 for an issued key that is no uuid.';
+    'Limits what a user (scope user), or its use that names target as member_id, issued_key_id or model, may spend per UTC day or month, in credits or USD of provider cost; returns the budget''s id. A budget of the same scope, target, per and unit is changed; amount NULL removes it. Errors: 42501 without the right to act for any user or access admin, 22004, 22023 bad argument, or a user that does not exist and has a budget removed, 22P02 for an issued key that is no uuid.';
 
 CREATE VIEW keyvault.budget_status WITH (security_invoker = true, security_barrier = true) AS
 SELECT g.user_id, g.id, g.scope, nullif(g.target, '') AS target, g.per, g.unit, g.amount, s.spent, s.held,

@@ -209,8 +209,8 @@ BEGIN
         END IF;
         IF usd IS NULL THEN
             usd := keyvault._unknown_model_usd(plan, provider, coalesce(input_tokens, 0) + output_all,
-                       CASE WHEN NOT happened THEN format('model "%s" has no price', model) END,
-                       'Give the credits, or add its price with INSERT INTO keyvault.model_prices;');
+                       CASE WHEN NOT happened THEN coalesce('model "' || nullif(model, '') || '" has no price', 'a use that names no model has no price') END,
+                       'Give the credits, or the model, and its price with INSERT INTO keyvault.model_prices;');
             price := jsonb_build_object('unknown', plan.unknown_model);
         ELSIF NOT states_tokens AND coalesce(sold_usd, usd) = 0
               AND greatest(found_price.input_usd_per_mtok, found_price.output_usd_per_mtok,

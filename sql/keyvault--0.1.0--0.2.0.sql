@@ -120,22 +120,28 @@ CREATE OR REPLACE FUNCTION keyvault._upsert_user(user_id text, email text, name 
     SET search_path = pg_catalog, pg_temp
 AS $$
 #variable_conflict use_column
+DECLARE
+    had keyvault.users;
 BEGIN
     INSERT INTO keyvault.users AS u (user_id, email, name, image)
     VALUES ($1, $2, $3, $4)
     ON CONFLICT (user_id) DO UPDATE
        SET email = coalesce($2, u.email), name = coalesce($3, u.name), image = coalesce($4, u.image), updated_at = now()
-     WHERE u.status <> 'erased';
+     WHERE u.status <> 'erased'
+    RETURNING u.* INTO had;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'user "%" is erased', $1
             USING ERRCODE = 'KV007', HINT = 'What was erased does not come back; a new user needs another user_id.';
     END IF;
     PERFORM keyvault._create_balance($1);
     IF $5 IS NOT NULL THEN
-        PERFORM keyvault._set_plan($1, $5, NULL);
+        PERFORM keyvault._set_plan($1, $5, CASE WHEN had.plan = $5 THEN had.monthly_credits END);
     END IF;
     RETURN $1;
 END $$;
+
+COMMENT ON FUNCTION keyvault.upsert_user(text, text, text, text, text) IS
+    'Makes a user, on plan free unless plan names another, or changes the fields given (NULL leaves a field as it is, and the plan that the user is on leaves the credits agreed with it); returns user_id. Errors: 42501 without the right to act for any user or access admin, 22023 for an unknown plan or a bad user_id.';
 
 CREATE FUNCTION keyvault._set_plan(user_id text, plan text, monthly_credits numeric) RETURNS void
     LANGUAGE plpgsql
@@ -968,19 +974,19 @@ REVOKE ALL ON FUNCTION keyvault._balance_now(balance keyvault.credit_balances, u
 COMMENT ON FUNCTION keyvault._balance_now(keyvault.credit_balances, numeric) IS
     'A balance, with what all its slots have used, as it is once what is due now() has been done, which nothing need have done yet: what _catch_up makes of it, without writing.';
 
-CREATE FUNCTION keyvault._check_amount(amount numeric, at_least numeric) RETURNS void
+CREATE FUNCTION keyvault._check_amount(amount numeric, at_least numeric, unit text = 'credits') RETURNS void
     LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
     SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
     IF amount IS NULL OR amount = 'NaN' OR round(amount, 6) < at_least OR amount >= 1e12 THEN
-        RAISE EXCEPTION 'amount must be between % and 999999999999 credits', at_least
-            USING ERRCODE = 'invalid_parameter_value', HINT = 'Credits have six decimal places.';
+        RAISE EXCEPTION 'amount must be between % and 999999999999 %', at_least, unit
+            USING ERRCODE = 'invalid_parameter_value', HINT = 'An amount has six decimal places.';
     END IF;
 END $$;
-REVOKE ALL ON FUNCTION keyvault._check_amount(amount numeric, at_least numeric) FROM PUBLIC;
+REVOKE ALL ON FUNCTION keyvault._check_amount(amount numeric, at_least numeric, unit text) FROM PUBLIC;
 
-COMMENT ON FUNCTION keyvault._check_amount(numeric, numeric) IS 'Error 22023 unless amount is a number of credits of at_least or more.';
+COMMENT ON FUNCTION keyvault._check_amount(numeric, numeric, text) IS 'Error 22023 unless amount is a number, of credits or another unit, of at_least or more.';
 
 CREATE FUNCTION keyvault._grant_credits(user_id text, amount numeric, reason text, expires_at timestamptz, idempotency_key text,
                                         price_usd numeric, may_create boolean) RETURNS uuid
@@ -991,6 +997,7 @@ AS $$
 DECLARE
     balance keyvault.credit_balances;
     earlier keyvault.credit_grants;
+    ends constant timestamptz := nullif($4, 'infinity');
 BEGIN
     PERFORM keyvault._check_amount($2, 0.000001);
     IF octet_length($3) NOT BETWEEN 1 AND 1024 OR $3 IS NULL THEN
@@ -1009,18 +1016,18 @@ BEGIN
     -- Under the balance's lock nobody else inserts the same key.
     SELECT * INTO earlier FROM keyvault.credit_grants g WHERE g.user_id = $1 AND g.idempotency_key = $5;
     IF FOUND THEN
-        IF earlier.amount <> round($2, 6) OR earlier.reason <> $3 OR earlier.expires_at IS DISTINCT FROM $4
+        IF earlier.amount <> round($2, 6) OR earlier.reason <> $3 OR earlier.expires_at IS DISTINCT FROM ends
            OR earlier.price_usd IS DISTINCT FROM round($6, 6) THEN
             RAISE EXCEPTION 'idempotency key was already used for another grant'
                 USING ERRCODE = 'invalid_parameter_value', HINT = 'Use a new idempotency key for each different grant.';
         END IF;
         RETURN earlier.id;
     END IF;
-    IF $4 <= now() THEN
+    IF ends <= now() THEN
         RAISE EXCEPTION 'expires_at must be in the future'
             USING ERRCODE = 'invalid_parameter_value', HINT = 'Leave it out for credits that do not expire.';
     END IF;
-    RETURN keyvault._add_grant(balance, keyvault.uuidv7(), $2, 'grant', $3, $4, NULL, $5, $6);
+    RETURN keyvault._add_grant(balance, keyvault.uuidv7(), $2, 'grant', $3, ends, NULL, $5, $6);
 END $$;
 REVOKE ALL ON FUNCTION keyvault._grant_credits(user_id text, amount numeric, reason text, expires_at timestamptz, idempotency_key text, price_usd numeric, may_create boolean) FROM PUBLIC;
 
@@ -1045,7 +1052,7 @@ BEGIN
         balance.credits_overage := balance.credits_overage + overage;
     END IF;
     INSERT INTO keyvault.credit_grants (user_id, id, amount, remaining, kind, reason, expires_at, usage_id, idempotency_key, price_usd)
-    VALUES (balance.user_id, $2, $3, $3, $4, $5, nullif($6, 'infinity'), $7, $8, $9);
+    VALUES (balance.user_id, $2, $3, $3, $4, $5, $6, $7, $8, $9);
     balance.extra_credits := balance.extra_credits + round($3, 6);
     PERFORM keyvault._save_balance(balance);
     RETURN $2;
@@ -1205,7 +1212,8 @@ BEGIN
         RAISE EXCEPTION 'cost_usd must be between 0 and 999999999 USD'
             USING ERRCODE = 'invalid_parameter_value', HINT = 'It is what the use is expected to cost the provider''s customer.';
     END IF;
-    IF ttl IS NULL OR ttl <= interval '0' OR ttl > interval '1 year' THEN
+    -- As intervals compare, a year has 360 days.
+    IF ttl IS NULL OR ttl <= interval '0' OR ttl > interval '2 years' OR now() + ttl > now() + interval '1 year' THEN
         RAISE EXCEPTION 'ttl must be more than 0 and at most a year'
             USING ERRCODE = 'invalid_parameter_value', HINT = 'It is how long the credits stay set aside if nobody settles the hold.';
     END IF;
@@ -1270,7 +1278,7 @@ BEGIN
     charged := keyvault._settle_hold($1, $2, owed);
     INSERT INTO keyvault.usage_records (user_id, id, type, provider, model, input_tokens, cached_tokens, output_tokens, tokens, credits,
                                         credits_overrun, cost_usd, issued_key_id, metadata, member_id, hold_id)
-    VALUES ($1, $2, coalesce($4, 'api'), $9, coalesce($5, h.model), $6, $10, $7, coalesce($6, 0) + coalesce($7, 0), charged,
+    VALUES ($1, $2, coalesce($4, 'api'), $9, coalesce($5, h.model), $6, $10, $7, coalesce($6, 0)::bigint + coalesce($7, 0), charged,
             owed - charged,
             coalesce($11, keyvault._price_usd($9, coalesce($5, h.model), $6, $10, $7, NULL, NULL), h.cost_usd), h.issued_key_id, coalesce($8, '{}'), h.member_id, $2);
     RETURN $2;
@@ -1509,14 +1517,21 @@ BEGIN
     budget.amount := $2;
     budget.window_start := date_trunc($3, now(), 'UTC');
     IF $5 = 'issued_key' THEN
-        the_target := the_target::uuid::text;
+        BEGIN
+            the_target := the_target::uuid::text;
+        EXCEPTION
+            WHEN invalid_text_representation THEN
+                RAISE EXCEPTION 'target of a budget for an issued key must be its id, a uuid'
+                    USING ERRCODE = 'invalid_text_representation', HINT = 'Pass what usage records have as issued_key_id.';
+        END;
     END IF;
-    PERFORM keyvault._lock_balance($1, $7);
+    -- Nobody is made to have a budget removed.
+    PERFORM keyvault._lock_balance($1, $7 AND $2 IS NOT NULL);
     IF $2 IS NULL THEN
         DELETE FROM keyvault.credit_budgets
          WHERE user_id = $1 AND scope = $5 AND target = the_target AND per = $3 AND unit = $4 RETURNING id INTO budget.id;
     ELSE
-        PERFORM keyvault._check_amount($2, 0);
+        PERFORM keyvault._check_amount($2, 0, CASE $4 WHEN 'usd' THEN 'USD' ELSE 'credits' END);
         INSERT INTO keyvault.credit_budgets AS g (user_id, scope, target, per, unit, amount, window_start)
         VALUES ($1, $5, the_target, $3, $4, $2, budget.window_start)
         ON CONFLICT (user_id, scope, target, per, unit) DO UPDATE SET amount = excluded.amount, updated_at = now()
@@ -1541,7 +1556,7 @@ CREATE FUNCTION keyvault.set_budget(user_id text, amount numeric, per text = 'mo
 REVOKE ALL ON FUNCTION keyvault.set_budget(user_id text, amount numeric, per text, unit text, scope text, target text) FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault.set_budget(text, numeric, text, text, text, text) IS
-    'Limits what a user (scope user), or its use that names target as member_id, issued_key_id or model, may spend per UTC day or month, in credits or USD of provider cost; returns the budget''s id. A budget of the same scope, target, per and unit is changed; amount NULL removes it. Errors: 42501 without the right to act for any user or access admin, 22004, 22023, 22P02 for an issued key that is no uuid.';
+    'Limits what a user (scope user), or its use that names target as member_id, issued_key_id or model, may spend per UTC day or month, in credits or USD of provider cost; returns the budget''s id. A budget of the same scope, target, per and unit is changed; amount NULL removes it. Errors: 42501 without the right to act for any user or access admin, 22004, 22023 bad argument, or a user that does not exist and has a budget removed, 22P02 for an issued key that is no uuid.';
 
 CREATE VIEW keyvault.budget_status WITH (security_invoker = true, security_barrier = true) AS
 SELECT g.user_id, g.id, g.scope, nullif(g.target, '') AS target, g.per, g.unit, g.amount, s.spent, s.held,
@@ -3059,8 +3074,8 @@ BEGIN
         END IF;
         IF usd IS NULL THEN
             usd := keyvault._unknown_model_usd(plan, provider, coalesce(input_tokens, 0) + output_all,
-                       CASE WHEN NOT happened THEN format('model "%s" has no price', model) END,
-                       'Give the credits, or add its price with INSERT INTO keyvault.model_prices;');
+                       CASE WHEN NOT happened THEN coalesce('model "' || nullif(model, '') || '" has no price', 'a use that names no model has no price') END,
+                       'Give the credits, or the model, and its price with INSERT INTO keyvault.model_prices;');
             price := jsonb_build_object('unknown', plan.unknown_model);
         ELSIF NOT states_tokens AND coalesce(sold_usd, usd) = 0
               AND greatest(found_price.input_usd_per_mtok, found_price.output_usd_per_mtok,
