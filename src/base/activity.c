@@ -1,6 +1,6 @@
 /*-------------------------------------------------------------------------
  * activity.c
- *		Keeps secrets out of pg_stat_activity and pg_stat_statements.
+ *		Keeps secrets out of pg_stat_activity, pg_stat_statements and the names of plans.
  *
  * The server puts a statement's text into shared memory when its message arrives: there it
  * is overwritten, over the whole width, as soon as the statement is parsed, and whenever a
@@ -15,6 +15,7 @@
 
 #include "access/xact.h"
 #include "base/pg_version.h"
+#include "base/plan_text.h"
 #include "base/secret_text.h"
 #include "base/settings.h"
 #include "executor/executor.h"
@@ -114,21 +115,51 @@ withhold_where_sensitive(void)
 		kv_activity_withhold();
 }
 
+/* Does the source of a statement, the text under way or one of a function's, show a secret? */
+static bool
+source_may_show_secret(const char *text)
+{
+	if (!kv_redact_logs || text == NULL || !holds_literal(text))
+		return false;
+	return text == debug_query_string ? kv_activity_names_secret() || kv_activity_has_key_shape() : may_show_secret(text, text);
+}
+
+/*
+ * Does this process keep a statement that shows a secret, of which plans may be made? And has one been parsed in this
+ * transaction? Its plan comes later, and without any hook where PL/pgSQL takes it for a mere expression.
+ */
+static bool keeps_secret_text = false;
+static bool awaits_plan = false;
+
+/* A statement with this source was parsed, or is about to run. */
+static void
+withhold_plans(const char *text, bool parsed)
+{
+	if (!(parsed || keeps_secret_text) || !source_may_show_secret(text))
+		return;
+	if (kv_plan_text_withhold(source_may_show_secret))
+		keeps_secret_text = true;
+	awaits_plan = keeps_secret_text;
+}
+
 /* A statement with a syntax error meets no other hook, and no log hook where errors are not logged. */
 static void
 at_transaction_end(XactEvent event, void *arg)
 {
 	if (event == XACT_EVENT_ABORT)
 		withhold_where_sensitive();
+	if (awaits_plan)
+		(void) kv_plan_text_withhold(source_may_show_secret);
+	awaits_plan = false;
 }
 
 static void
 post_parse_analyze(ParseState *pstate, Query *query, JumbleState *jumble)
 {
 	withhold_where_sensitive();
+	withhold_plans(pstate->p_sourcetext, true);
 	/* Whichever of the two libraries was loaded first: pg_stat_statements passes over what has no id. */
-	if (kv_redact_logs && query->commandType == CMD_UTILITY && pstate->p_sourcetext &&
-		may_show_secret(pstate->p_sourcetext, pstate->p_sourcetext))
+	if (query->commandType == CMD_UTILITY && source_may_show_secret(pstate->p_sourcetext))
 		query->queryId = UINT64CONST(0);
 	if (next_post_parse_analyze)
 		next_post_parse_analyze(pstate, query, jumble);
@@ -138,6 +169,7 @@ static void
 executor_start(QueryDesc *query, int flags)
 {
 	withhold_where_sensitive();
+	withhold_plans(query->sourceText, false);
 	if (next_executor_start)
 		next_executor_start(query, flags);
 	else
@@ -160,6 +192,7 @@ process_utility(PlannedStmt *statement, const char *text, bool read_only_tree, P
 				QueryCompletion *completion)
 {
 	withhold_where_sensitive();
+	withhold_plans(text, false);
 	if (next_process_utility)
 		next_process_utility(statement, text, read_only_tree, context, parameters, environment, receiver, completion);
 	else

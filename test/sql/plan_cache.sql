@@ -125,3 +125,29 @@ DROP FUNCTION regress_kv_is_worker(text), regress_kv_mine();
 SELECT count(keyvault.erase_user(u)) FROM unnest('{plan_a, plan_b}'::text[]) u;
 SELECT keyvault.revoke_access('regress_kv_app', 'app'), keyvault.revoke_access('regress_kv_user', 'user');
 DROP ROLE regress_kv_app, regress_kv_user;
+
+-- What names a plan's memory, which the server prints when memory is short, shows no key.
+PREPARE kept_text AS SELECT 'plan_cache control';
+PREPARE kept_key AS SELECT keyvault.store_api_key('exa', 'regress-key-in-a-plan', user_id => 'plan_text') IS NOT NULL AS stored;
+EXECUTE kept_key;
+SET plan_cache_mode = force_custom_plan;
+EXECUTE kept_key;
+RESET plan_cache_mode;
+PREPARE kept_shape AS SELECT 'sk-ant-regress-key-in-a-plan-0123456789' IS NULL;
+CREATE FUNCTION pg_temp.store_one() RETURNS text LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM keyvault.store_api_key('exa', 'regress-key-in-a-plan', user_id => 'plan_text');
+    EXECUTE 'SELECT keyvault.store_api_key(''exa'', ''regress-key-in-a-plan'', user_id => ''plan_text'')';
+    RETURN length('sk-ant-regress-key-in-a-plan-0123456789');
+END $$;
+SELECT pg_temp.store_one();
+SELECT count(*) FILTER (WHERE ident ~ 'key-in-a-pla[n]') AS keys, count(*) FILTER (WHERE ident ~ 'plan_cache contro[l]') AS control,
+       count(*) FILTER (WHERE name = 'CachedPlan' AND ident ~ 'withheld') > 0 AS plans, count(*) FILTER (WHERE name = 'CachedPlanSource' AND ident ~ 'withheld') > 2 AS sources
+  FROM pg_backend_memory_contexts;
+-- made anew after an invalidation
+ALTER TABLE keyvault.api_keys SET (fillfactor = 71);
+SELECT pg_temp.store_one();
+EXECUTE kept_key;
+ALTER TABLE keyvault.api_keys SET (fillfactor = 70);
+SELECT count(*) FILTER (WHERE ident ~ 'key-in-a-pla[n]') AS keys FROM pg_backend_memory_contexts;
+DEALLOCATE ALL;

@@ -1,0 +1,11 @@
+/*-------------------------------------------------------------------------
+ * plan_text.h
+ *		Keeps secrets out of the names of memory contexts.
+ *-------------------------------------------------------------------------
+ */
+#ifndef KV_PLAN_TEXT_H
+#define KV_PLAN_TEXT_H
+
+extern bool kv_plan_text_withhold(bool (*shows_secret) (const char *text));
+
+#endif
