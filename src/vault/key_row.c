@@ -23,6 +23,7 @@
 #include "crypto/sealing_key.h"
 #include "crypto/vault_id.h"
 #include "identity/user.h"
+#include "miscadmin.h"
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
 #include "vault/key_shape.h"
@@ -99,8 +100,9 @@ hint_of(const char *secret, bool is_reference)
 
 /*
  * Write a row with what has been sealed; without a fingerprint that is a box. False, and nothing
- * is written, when the box has yet to be opened and a key is there: one that has not expired and
- * is no box that proved to be bad.
+ * is written, when another transaction has just stored the key, under another id, and when the
+ * box has yet to be opened and a key is there: one that has not expired and is no box that proved
+ * to be bad.
  */
 static bool
 write_row(const KvNewKey *key, const pg_uuid_t *id, bytea *ciphertext, bytea *fingerprint)
@@ -109,11 +111,12 @@ write_row(const KvNewKey *key, const pg_uuid_t *id, bytea *ciphertext, bytea *fi
 		"INSERT INTO keyvault.api_keys AS k (user_id, id, provider, name, ciphertext, hint, fingerprint, source, expires_at)"
 		" VALUES ($1, $2, $3, $4, $5, $6, $7, CASE WHEN $9 THEN 'reference' WHEN $1 = '' THEN 'platform' ELSE 'user' END, $8)"
 		" ON CONFLICT (user_id, provider, name) DO UPDATE"
-		" SET id = EXCLUDED.id, ciphertext = EXCLUDED.ciphertext, hint = EXCLUDED.hint, fingerprint = EXCLUDED.fingerprint,"
+		" SET ciphertext = EXCLUDED.ciphertext, hint = EXCLUDED.hint, fingerprint = EXCLUDED.fingerprint,"
 		" source = EXCLUDED.source, expires_at = EXCLUDED.expires_at, status = 'active', updated_at = now(),"
 		" last_verified_at = CASE WHEN k.fingerprint = EXCLUDED.fingerprint THEN k.last_verified_at END,"
 		" rotated_at = CASE WHEN k.fingerprint = EXCLUDED.fingerprint THEN k.rotated_at ELSE now() END"
-		" WHERE $10 OR k.expires_at <= now() OR k.fingerprint IS NULL AND k.status = 'failed' AND to_jsonb(k) ->> 'problem' IS NOT NULL",
+		" WHERE k.id = EXCLUDED.id AND ($10 OR k.expires_at <= now()"
+		"       OR k.fingerprint IS NULL AND k.status = 'failed' AND to_jsonb(k) ->> 'problem' IS NOT NULL)",
 		10, {TEXTOID, UUIDOID, TEXTOID, TEXTOID, BYTEAOID, TEXTOID, BYTEAOID, TIMESTAMPTZOID, BOOLOID, BOOLOID}
 	};
 	Datum		values[10];
@@ -247,9 +250,13 @@ kv_key_row_write(const KvNewKey *key)
 		return id;
 	}
 	data_key = kv_data_key_ensure(key->user_id);
-	id = *id_for(key);
 	fingerprint = kv_key_row_fingerprint(data_key, key->secret);
-	write_row(key, &id, seal_record(data_key, &id, key->provider, key->secret), fingerprint);
+	/* Again when another transaction has stored the first key of that name since: a record is sealed for one id. */
+	do
+	{
+		CHECK_FOR_INTERRUPTS();
+		id = *id_for(key);
+	} while (!write_row(key, &id, seal_record(data_key, &id, key->provider, key->secret), fingerprint));
 	forget_replacement(key->user_id, &id);
 	notice_duplicate(key, &id, fingerprint);
 	return id;
