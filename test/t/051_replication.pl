@@ -55,7 +55,14 @@ INSERT INTO keyvault.usage_records (user_id, credits) SELECT u, 30 FROM unnest('
 SELECT keyvault.grant_credits('poor', 100, 'bought'), keyvault.reserve_credits(3, '1 day', 'poor'), keyvault.set_budget('rich', 10000);
 SQL
 end_period('poor');
+my $box = seal_key($publisher, 'rich', 'sk-tap-sealed-and-replicated', 'openai');
+here("SELECT keyvault.store_sealed_api_key('openai', '\\x$box', user_id => 'rich')");
 here($publication);
+is(here(<<'SQL'), 'requests,responses,rotation_requests,usage_archived,usage_daily,usage_late,usage_retired,usage_rollup', 'the reference lists all but these');
+SELECT string_agg(c.relname, ',' ORDER BY c.relname) FROM pg_class c
+ WHERE c.relnamespace = 'keyvault'::regnamespace AND c.relkind IN ('r', 'p') AND NOT c.relispartition
+   AND NOT EXISTS (SELECT FROM pg_publication_tables t WHERE t.schemaname = 'keyvault' AND t.tablename = c.relname)
+SQL
 # Of what each server keeps for itself, the subscriber passes over what comes all the same.
 here('ALTER PUBLICATION keyvault ADD TABLE keyvault.usage_rollup, keyvault.usage_daily, keyvault.usage_late');
 my $base = there('SELECT tag_base FROM keyvault.usage_rollup');
@@ -108,6 +115,7 @@ there("INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('poor', 11)
 is(there("SELECT credits_used FROM keyvault.credit_balances WHERE user_id = 'poor'"), '11.000000', 'it debits');
 is(there('SELECT * FROM keyvault.verify_ledger()'), '', 'its ledger is sound');
 is(there("SELECT keyvault.user_api_key('exa', 'rich')"), 'tap-exa-replicated', 'keys open there');
+is(state_of($subscriber, "SELECT keyvault.store_sealed_api_key('openai', '\\x$box', user_id => 'rich')"), 'KV005', 'a box that was taken before is not taken again');
 unlike(slurp_file($subscriber->logfile), qr/maintenance of keyvault failed/, 'no job has failed');
 $subscriber->stop;
 $publisher->stop;
