@@ -24,14 +24,17 @@
 
 PG_FUNCTION_INFO_V1(keyvault_forget_data_keys);
 
-/* Entries that compete for one place; more of them lose fewer to chance. */
+/* Places of a bucket. */
 #define WAYS 4
+
+/* Buckets that an entry may be in: it goes to the emptier one, so that none overflows while there is room elsewhere. */
+#define CHOICES 2
 
 typedef struct Bucket
 {
 	KvRecordId	ids[WAYS];
 	KvRecordKey record_keys[WAYS];
-	uint32		next;			/* the one to be replaced */
+	uint32		puts;			/* so far: they fill one place after the other */
 } Bucket;
 
 /* In shared memory: raised when every process has to forget. */
@@ -65,19 +68,17 @@ cache_size(void)
 	return n_buckets * sizeof(Bucket);
 }
 
-/* Where a record's key belongs; NULL when none are kept. Entries of before now, or of another master key, are wiped first. */
-static Bucket *
-bucket_of(const KvRecordId *id, uint32 generation)
+/* Make ready for use; false when no entries are kept. Those of before now, or of another master key, are wiped first. */
+static bool
+is_ready(uint32 generation)
 {
 	uint64		now = (uint64) generation << 32 | pg_atomic_read_u32(epoch);
-	uint32		hash;
-	uint32		salt;
 
 	if (buckets == NULL)
 	{
 		n_buckets = kv_record_key_cache_size / WAYS;
 		if (n_buckets == 0)
-			return NULL;
+			return false;
 		buckets = kv_secret_page(cache_size());
 		filled_at = now;
 	}
@@ -86,8 +87,17 @@ bucket_of(const KvRecordId *id, uint32 generation)
 		kv_secret_wipe(buckets, cache_size());
 		filled_at = now;
 	}
-	/* The last bytes of a UUID are random in every version, those of a salt differ. */
-	memcpy(&hash, id->data_key_id + UUID_LEN - sizeof(hash), sizeof(hash));
+	return true;
+}
+
+/* A bucket for a record's key. The last 8 bytes of a UUID are random in every version but for two bits, those of a salt differ. */
+static Bucket *
+bucket_of(const KvRecordId *id, int choice)
+{
+	uint32		hash;
+	uint32		salt;
+
+	memcpy(&hash, id->data_key_id + UUID_LEN - (choice + 1) * sizeof(hash), sizeof(hash));
 	memcpy(&salt, id->salt + KV_SALT_SIZE - sizeof(salt), sizeof(salt));
 	hash = hash_combine(hash, murmurhash32(salt));
 	return &buckets[hash % n_buckets];
@@ -97,30 +107,37 @@ bucket_of(const KvRecordId *id, uint32 generation)
 bool
 kv_record_key_cache_get(const KvRecordId *id, uint32 generation, KvRecordKey *record_key)
 {
-	Bucket	   *bucket = bucket_of(id, generation);
+	if (!is_ready(generation))
+		return false;
+	for (int choice = 0; choice < CHOICES; choice++)
+	{
+		Bucket	   *bucket = bucket_of(id, choice);
 
-	for (int i = 0; bucket && i < WAYS; i++)
-		if (memcmp(&bucket->ids[i], id, sizeof(KvRecordId)) == 0)
-		{
-			*record_key = bucket->record_keys[i];
-			return true;
-		}
+		for (int i = 0; i < WAYS; i++)
+			if (memcmp(&bucket->ids[i], id, sizeof(KvRecordId)) == 0)
+			{
+				*record_key = bucket->record_keys[i];
+				return true;
+			}
+	}
 	return false;
 }
 
-/* Keep the key of a record, in the place of another. */
+/* Keep the key of a record, in the place of another once both its buckets are full. */
 void
 kv_record_key_cache_put(const KvRecordId *id, uint32 generation, const KvRecordKey *record_key)
 {
-	Bucket	   *bucket = bucket_of(id, generation);
+	Bucket	   *bucket;
+	uint32		place;
 
-	if (bucket)
-	{
-		uint32		place = bucket->next++ % WAYS;
-
-		bucket->ids[place] = *id;
-		bucket->record_keys[place] = *record_key;
-	}
+	if (!is_ready(generation))
+		return;
+	bucket = bucket_of(id, 0);
+	if (bucket_of(id, 1)->puts < bucket->puts)
+		bucket = bucket_of(id, 1);
+	place = bucket->puts++ % WAYS;
+	bucket->ids[place] = *id;
+	bucket->record_keys[place] = *record_key;
 }
 
 /* Wipe what this process keeps. */
