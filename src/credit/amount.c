@@ -55,9 +55,12 @@ kv_amount_in_micro(Numeric credits)
 											 NumericGetDatum(numeric_mul_opt_error(credits, million, NULL))));
 }
 
+/* a + b. Much of a balance is zero, of which there is the header only, as of what is no number: it takes no arithmetic. */
 Numeric
 kv_amount_add(Numeric a, Numeric b)
 {
+	if (VARSIZE_ANY(b) == VARSIZE_ANY(kv_amount_zero()) && !numeric_is_nan(b) && !numeric_is_inf(b))
+		return a;
 	return numeric_add_opt_error(a, b, NULL);
 }
 
