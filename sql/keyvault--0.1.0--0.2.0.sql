@@ -331,6 +331,7 @@ ALTER TABLE keyvault.credit_balances ALTER COLUMN due_at SET NOT NULL,
 
 -- Not WHERE slot = 0: while the table is new the planner would take it for looking up one balance, and scan it all.
 CREATE INDEX credit_balances_due ON keyvault.credit_balances (due_at);
+CREATE INDEX credit_balances_user_id ON keyvault.credit_balances USING hash (user_id);
 
 -- What a balance was before a period or a plan ended: with it, history can be proved.
 CREATE TABLE keyvault.credit_periods (
@@ -2343,6 +2344,7 @@ ALTER TABLE keyvault.api_keys SET (fillfactor = 70);
 ALTER TABLE keyvault.api_keys ADD COLUMN use_count bigint NOT NULL DEFAULT 0;
 
 CREATE INDEX api_keys_boxes ON keyvault.api_keys (user_id, id) WHERE fingerprint IS NULL;
+CREATE INDEX api_keys_user_id ON keyvault.api_keys USING hash (user_id);
 
 COMMENT ON COLUMN keyvault.api_keys.ciphertext IS 'Secret record, or a sealed box that the worker has yet to make a record of: see "Formats" in doc/keyvault.md.';
 

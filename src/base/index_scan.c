@@ -14,6 +14,7 @@
 #include "access/table.h"
 #include "access/tableam.h"
 #include "base/pg_version.h"
+#include "catalog/pg_am.h"
 #include "catalog/pg_type.h"
 #include "utils/fmgroids.h"
 #include "utils/snapmgr.h"
@@ -34,16 +35,25 @@ equality_of(Oid type)
 	}
 }
 
+/* The index if there is one, else another: a database whose SQL is of an earlier version may lack it. */
+KvIndex *
+kv_index_or(KvIndex *index, KvIndex *other)
+{
+	return OidIsValid(kv_relation_find(&index->index)) ? index : other;
+}
+
 /* Begin a scan for rows whose leading index columns equal keys, under the active snapshot. Locks stay until the transaction ends. */
 void
 kv_index_scan_begin(KvIndexScan *scan, KvIndex *index, const Datum *keys)
 {
 	ScanKeyData conditions[KV_INDEX_SCAN_MAX_KEYS];
+	StrategyNumber equal;
 
 	scan->table = table_open(kv_relation_oid(&index->table), index->lockmode ? index->lockmode : AccessShareLock);
 	scan->index = index_open(kv_relation_oid(&index->index), AccessShareLock);
+	equal = scan->index->rd_rel->relam == HASH_AM_OID ? HTEqualStrategyNumber : BTEqualStrategyNumber;
 	for (int i = 0; i < index->nkeys; i++)
-		ScanKeyEntryInitialize(&conditions[i], 0, i + 1, BTEqualStrategyNumber, InvalidOid,
+		ScanKeyEntryInitialize(&conditions[i], 0, i + 1, equal, InvalidOid,
 							   scan->index->rd_indcollation[i],
 							   equality_of(index->keytypes[i]), keys[i]);
 	scan->slot = table_slot_create(scan->table, NULL);
@@ -51,11 +61,30 @@ kv_index_scan_begin(KvIndexScan *scan, KvIndex *index, const Datum *keys)
 	index_rescan(scan->descriptor, conditions, index->nkeys, NULL, 0);
 }
 
+/* Whether the current row's columns equal the keys. A hash index knows their hashes only. */
+static bool
+is_match(KvIndexScan *scan)
+{
+	for (int i = 0; i < scan->descriptor->numberOfKeys; i++)
+	{
+		ScanKey		key = &scan->descriptor->keyData[i];
+		bool		isnull;
+		Datum		value = slot_getattr(scan->slot, scan->index->rd_index->indkey.values[i], &isnull);
+
+		if (isnull || !DatumGetBool(FunctionCall2Coll(&key->sk_func, key->sk_collation, value, key->sk_argument)))
+			return false;
+	}
+	return true;
+}
+
 /* Step to the next row; false when there is none. */
 bool
 kv_index_scan_next(KvIndexScan *scan, ScanDirection direction)
 {
-	return index_getnext_slot(scan->descriptor, direction, scan->slot);
+	while (index_getnext_slot(scan->descriptor, direction, scan->slot))
+		if (!scan->descriptor->xs_recheck || is_match(scan))
+			return true;
+	return false;
 }
 
 /* A column of the current row, valid until the next step. */

@@ -34,6 +34,7 @@ typedef struct KvIndexScan
 	TupleTableSlot *slot;
 } KvIndexScan;
 
+extern KvIndex *kv_index_or(KvIndex *index, KvIndex *other);
 extern void kv_index_scan_begin(KvIndexScan *scan, KvIndex *index, const Datum *keys);
 extern bool kv_index_scan_next(KvIndexScan *scan, ScanDirection direction);
 extern Datum kv_index_scan_value(KvIndexScan *scan, int attribute, bool *isnull);

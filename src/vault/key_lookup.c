@@ -47,7 +47,11 @@ enum
 
 static KvIndex by_id = {{"api_keys"}, {"api_keys_pkey"}, 2, {TEXTOID, UUIDOID}};
 static KvIndex by_name = {{"api_keys"}, {"api_keys_user_id_provider_name_key"}, 3, {TEXTOID, TEXTOID, TEXTOID}};
-static KvIndex by_user = {{"api_keys"}, {"api_keys_user_id_provider_name_key"}, 1, {TEXTOID}};
+static KvIndex by_user = {{"api_keys"}, {"api_keys_user_id"}, 1, {TEXTOID}};
+static KvIndex by_user_of_name = {{"api_keys"}, {"api_keys_user_id_provider_name_key"}, 1, {TEXTOID}};
+
+/* Keys of a user up to which looking at each is faster than the longer way to the one of a name. */
+#define FEW_KEYS 16
 
 static bool
 is_expired(KvIndexScan *scan)
@@ -66,6 +70,38 @@ is_reference(KvIndexScan *scan)
 	text	   *source = DatumGetTextPP(kv_index_scan_value(scan, API_KEYS_SOURCE, &isnull));
 
 	return VARSIZE_ANY_EXHDR(source) == strlen("reference") && memcmp(VARDATA_ANY(source), "reference", strlen("reference")) == 0;
+}
+
+static bool
+column_equals(KvIndexScan *scan, int attribute, text *value)
+{
+	bool		isnull;
+	text	   *stored = DatumGetTextPP(kv_index_scan_value(scan, attribute, &isnull));
+
+	return VARSIZE_ANY_EXHDR(stored) == VARSIZE_ANY_EXHDR(value) &&
+		memcmp(VARDATA_ANY(stored), VARDATA_ANY(value), VARSIZE_ANY_EXHDR(value)) == 0;
+}
+
+/* Begin a scan, and step to the key that is named by user, provider and name; false when there is none. */
+static bool
+find_by_name(KvIndexScan *scan, const Datum *names)
+{
+	KvIndex    *index = kv_index_or(&by_user, &by_name);
+
+	kv_index_scan_begin(scan, index, names);
+	if (index == &by_name)
+		return kv_index_scan_next(scan, ForwardScanDirection);
+	for (int i = 0; i < FEW_KEYS; i++)
+	{
+		if (!kv_index_scan_next(scan, ForwardScanDirection))
+			return false;
+		if (column_equals(scan, API_KEYS_PROVIDER, DatumGetTextPP(names[1])) &&
+			column_equals(scan, API_KEYS_NAME, DatumGetTextPP(names[2])))
+			return true;
+	}
+	kv_index_scan_end(scan);
+	kv_index_scan_begin(scan, &by_name, names);
+	return kv_index_scan_next(scan, ForwardScanDirection);
 }
 
 /* Open the key of the scan's current row, and note its use; NULL when it does not open. */
@@ -169,8 +205,7 @@ keyvault_user_api_key(PG_FUNCTION_ARGS)
 			kv_api_key_require_provider(provider);
 		return secret_result(fcinfo, secret);
 	}
-	kv_index_scan_begin(&scan, &by_name, keys);
-	found = kv_index_scan_next(&scan, ForwardScanDirection);
+	found = find_by_name(&scan, keys);
 	if (found && !is_expired(&scan))
 	{
 		if (is_reference(&scan))
@@ -224,7 +259,7 @@ keyvault_user_api_keys(PG_FUNCTION_ARGS)
 		push_env_file_keys(&state);
 		PG_RETURN_JSONB_P(JsonbValueToJsonb(pushJsonbValue(&state, WJB_END_OBJECT, NULL)));
 	}
-	kv_index_scan_begin(&scan, &by_user, &key);
+	kv_index_scan_begin(&scan, kv_index_or(&by_user, &by_user_of_name), &key);
 	while (kv_index_scan_next(&scan, ForwardScanDirection))
 	{
 		char	   *name = TextDatumGetCString(kv_index_scan_value(&scan, API_KEYS_NAME, &isnull));

@@ -140,6 +140,16 @@ UPDATE keyvault.api_keys SET ciphertext = set_byte(ciphertext, 90, 255 - get_byt
 SELECT keyvault.user_api_keys('key_a');
 ROLLBACK;
 
+-- Keys are found by the hash of their user's id: one that another user's id has, and one of very many keys.
+SELECT hashtext('user_87903') = hashtext('user_104901') AS one_hash;
+SELECT keyvault.store_api_key('openai', 'sk-regress-87903', user_id => 'user_87903') IS NOT NULL AS stored;
+SELECT keyvault.user_api_key('openai', 'user_104901'), keyvault.user_api_keys('user_104901');
+SELECT keyvault.store_api_key('openai', 'sk-regress-104901', user_id => 'user_104901') IS NOT NULL AS stored;
+SELECT keyvault.user_api_key('openai', 'user_87903'), keyvault.user_api_keys('user_104901');
+SELECT count(keyvault.store_api_key('openai', 'sk-regress-many-' || i, 'name_' || i, 'key_many')) FROM generate_series(1, 40) i;
+SELECT count(*) FROM generate_series(1, 40) i WHERE keyvault.user_api_key('openai', 'key_many', 'name_' || i) = 'sk-regress-many-' || i;
+SELECT keyvault.user_api_key('openai', 'key_many', 'name_41'), keyvault.user_api_key('anthropic', 'key_many', 'name_40');
+
 -- Deleting.
 SELECT keyvault.delete_api_key('openai', user_id => 'key_a'), keyvault.delete_api_key('openai', user_id => 'key_a');
 SELECT keyvault.delete_api_key('openia', user_id => 'key_a');

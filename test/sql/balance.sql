@@ -73,3 +73,8 @@ ALTER TABLE keyvault.credit_balances ADD CONSTRAINT bal_check CHECK (credits_use
 INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('bal_c', 3);
 ALTER TABLE keyvault.credit_balances DROP CONSTRAINT bal_check;
 SELECT used FROM pg_temp.slots WHERE user_id = 'bal_c';
+
+-- Users whose ids have one hash, by which balances are found, have their own balances.
+SELECT hashtext('user_87903') = hashtext('user_104901') AS one_hash;
+INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('user_87903', 3), ('user_104901', 5), ('user_87903', 1);
+SELECT user_id, credits_used FROM keyvault.credit_balances WHERE user_id IN ('user_87903', 'user_104901') ORDER BY 1;
