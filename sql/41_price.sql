@@ -32,7 +32,10 @@ BEGIN
                NULL, NULL, false, m.reasoning_usd_per_mtok, m.usd_per_request, m.usd_per_unit, NULL, m.context_tiers
           INTO price
           FROM keyvault.plan_prices m
-         WHERE m.plan = $4 AND m.provider = $1 AND m.model IN ($2, family) AND m.valid_from <= at
+         WHERE m.plan = $4 AND m.model IN ($2, family) AND m.valid_from <= at
+           AND m.provider = coalesce($1, (SELECT d.provider FROM keyvault.plan_prices d
+                                           WHERE d.plan = $4 AND d.model IN ($2, family) AND d.valid_from <= at
+                                           ORDER BY d.model = $2 DESC, d.output_usd_per_mtok DESC, d.input_usd_per_mtok DESC, d.provider LIMIT 1))
          ORDER BY m.model = $2 DESC, m.valid_from DESC
          LIMIT 1;
     ELSIF $1 IS NOT NULL THEN
@@ -174,10 +177,13 @@ DECLARE
     -- Tokens of a kind that nobody states are taken for output.
     unstated bigint := greatest(coalesce(tokens, 0) - coalesce(input_tokens, 0) - coalesce(output_tokens, 0), 0);
     output_all bigint := coalesce(output_tokens, 0) + unstated;
+    -- Cached and reasoning tokens that are stated alone are tokens, too.
+    all_tokens bigint := greatest(coalesce(input_tokens, 0), cached_tokens) + greatest(output_all, reasoning_tokens);
     states_tokens boolean := input_tokens IS NOT NULL OR output_tokens IS NOT NULL OR unstated > 0;
     cost record;
     sold_usd numeric;
     sold_used jsonb;
+    assumed numeric;
 BEGIN
     SELECT p AS plan, EXISTS (SELECT FROM keyvault.plan_prices s WHERE s.plan = p.plan) AS sells INTO users_plan
       FROM keyvault.plans p WHERE p.plan = coalesce((SELECT u.plan FROM keyvault.users u WHERE u.user_id = $1), 'free');
@@ -189,7 +195,7 @@ BEGIN
     IF cost_usd > 0 THEN
         usd := cost_usd;
         price := '{}';
-    ELSIF model IS NULL AND provider IS NULL AND units IS NULL AND coalesce(input_tokens, 0) + output_all = 0 THEN
+    ELSIF model IS NULL AND provider IS NULL AND units IS NULL AND all_tokens = 0 THEN
         credits := 0;
         usd := 0;
         RETURN;
@@ -207,21 +213,28 @@ BEGIN
             sold_usd := cost.usd;
             sold_used := cost.used;
         END IF;
+        IF usd IS NULL AND sold_usd IS NOT NULL THEN
+            -- What only a plan has a price for is known to no more than that.
+            usd := sold_usd;
+            price := '{}';
+            priced_provider := plan_price.provider;
+        END IF;
         IF usd IS NULL THEN
-            usd := keyvault._unknown_model_usd(plan, provider, coalesce(input_tokens, 0) + output_all,
+            usd := keyvault._unknown_model_usd(plan, provider, all_tokens,
                        CASE WHEN NOT happened THEN coalesce('model "' || nullif(model, '') || '" has no price', 'a use that names no model has no price') END,
                        'Give the credits, or the model, and its price with INSERT INTO keyvault.model_prices;');
             price := jsonb_build_object('unknown', plan.unknown_model);
-        ELSIF NOT states_tokens AND coalesce(sold_usd, usd) = 0
+        ELSIF NOT states_tokens AND NOT coalesce(units > 0 AND greatest(found_price.usd_per_unit, plan_price.usd_per_unit) > 0, false)
               AND greatest(found_price.input_usd_per_mtok, found_price.output_usd_per_mtok,
                            plan_price.input_usd_per_mtok, plan_price.output_usd_per_mtok) > 0
         THEN
             -- What is paid by the token is not free because nobody counted: a cut stream is no free one.
-            usd := keyvault._unknown_model_usd(plan, priced_provider, 0,
+            assumed := keyvault._unknown_model_usd(plan, priced_provider, 0,
                        CASE WHEN NOT happened THEN format('a use of model "%s" states no tokens', model) END,
                        'Give its tokens, 0 if there were none, its cost_usd or its credits;');
-            price := jsonb_build_object('unknown', plan.unknown_model);
-            sold_usd := NULL;
+            price := CASE WHEN usd > 0 THEN price ELSE '{}' END || jsonb_build_object('unknown', plan.unknown_model);
+            usd := usd + assumed;
+            sold_usd := nullif(sold_usd, 0) + assumed;
         END IF;
     END IF;
     credits := keyvault._credits_of(plan, payer, coalesce(sold_usd, usd));

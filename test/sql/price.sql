@@ -66,16 +66,32 @@ SELECT state, message FROM pg_temp.refusal($$INSERT INTO keyvault.usage_records 
 INSERT INTO keyvault.usage_records (user_id, model, tokens) VALUES ('pr_l', 'gpt-99', 1);
 SELECT credits::float, cost_usd::float, price FROM keyvault.usage_records WHERE user_id = 'pr_l';
 
--- Nor is a known model whose use states no tokens; a stated 0 is one. What has a price without tokens needs none.
+-- Nor is a known model whose use states no tokens, though it has a price per request besides; a stated 0 is one. What has a price per unit, and states units, needs none.
 INSERT INTO keyvault.usage_records (user_id, type, model) VALUES ('pr_a', 'chat', 'gpt-5');
 INSERT INTO keyvault.usage_records (user_id, provider, model, units) VALUES ('pr_a', 'openai', 'gpt-5', 3);
 INSERT INTO keyvault.usage_records (user_id, model, input_tokens) VALUES ('pr_a', 'gpt-5', 0);
 INSERT INTO keyvault.usage_records (user_id, provider, model) VALUES ('pr_a', 'acme', 'tiered');
+INSERT INTO keyvault.usage_records (user_id, provider, model, units) VALUES ('pr_a', 'acme', 'tiered', 2);
 INSERT INTO keyvault.usage_records (user_id, model) VALUES ('pr_m', 'gpt-5-mini');
 SELECT credits::float, cost_usd::float, price FROM keyvault.usage_records WHERE model = 'gpt-5' AND user_id = 'pr_a' OR model IN ('tiered', 'gpt-5-mini') AND user_id LIKE 'pr\__' AND tokens = 0 AND input_tokens IS NULL ORDER BY id;
 INSERT INTO keyvault.usage_records (user_id, model) VALUES ('pr_l', 'gpt-5');
 SELECT state, message FROM pg_temp.refusal($$INSERT INTO keyvault.usage_records (user_id, model) VALUES ('pr_s', 'gpt-5')$$);
 INSERT INTO keyvault.usage_records (user_id, model, cost_usd) VALUES ('pr_s', 'gpt-5', 0.1);
+
+-- Tokens of a part are tokens, though neither the whole nor a model is stated.
+INSERT INTO keyvault.usage_records (user_id, type, cached_tokens) VALUES ('pr_a', 'parts', 3000);
+INSERT INTO keyvault.usage_records (user_id, type, reasoning_tokens) VALUES ('pr_a', 'parts', 5000);
+INSERT INTO keyvault.usage_records (user_id, type, model, input_tokens, cached_tokens, output_tokens, reasoning_tokens) VALUES ('pr_a', 'parts', 'gpt-99', 1000, 3000, 2000, 1000);
+INSERT INTO keyvault.usage_records (user_id, type, model, cached_tokens) VALUES ('pr_a', 'parts', 'gpt-5', 3000);
+SELECT state, message FROM pg_temp.refusal($$INSERT INTO keyvault.usage_records (user_id, cached_tokens) VALUES ('pr_s', 1)$$);
+SELECT model, credits::float, cost_usd::float, price ->> 'unknown' AS unknown FROM keyvault.usage_records WHERE user_id = 'pr_a' AND type = 'parts' ORDER BY id;
+
+-- What only the plan has a price for is priced by it, on a plan that refuses what is unknown, too.
+INSERT INTO keyvault.plan_prices (plan, provider, model, input_usd_per_mtok, output_usd_per_mtok) VALUES ('pr_strict', 'acme', 'own', 10, 40), ('pr_strict', 'zenith', 'own', 5, 20), ('pr_margin', 'acme', 'own', 1, 2);
+INSERT INTO keyvault.usage_records (user_id, provider, model, input_tokens, output_tokens) VALUES ('pr_s', 'zenith', 'own-2026-01-01', 1000, 1000), ('pr_s', NULL, 'own', 1000, 1000), ('pr_m', 'acme', 'own', 1000, 1000);
+SELECT user_id, provider, model, credits::float, cost_usd::float, price FROM keyvault.usage_records WHERE model LIKE 'own%' AND user_id LIKE 'pr\_%' ORDER BY id;
+SELECT state, message FROM pg_temp.refusal($$INSERT INTO keyvault.usage_records (user_id, model) VALUES ('pr_s', 'own')$$);
+DELETE FROM keyvault.plan_prices WHERE plan = 'pr_strict';
 
 -- record_usage: priced or not, once per idempotency key.
 SELECT keyvault.record_usage('chat', 'gpt-5-mini', 1000, 500, user_id => 'pr_r') AS priced \gset
