@@ -28,7 +28,7 @@ COMMENT ON COLUMN keyvault.plans.overage IS 'At the limit: block refuses with KV
 COMMENT ON COLUMN keyvault.plans.unknown_model IS
     'What a use costs whose model has no price, or is paid by the token and used without stating tokens: charge by unknown_model_usd_per_mtok, with a WARNING; refuse with 22023; allow for nothing, with a WARNING.';
 COMMENT ON COLUMN keyvault.plans.unknown_model_usd_per_mtok IS 'USD per million tokens of any kind, for a model without a price.';
-COMMENT ON COLUMN keyvault.plans.notice_percents IS 'Parts of a period''s credits, in percent, whose use is noted in credit_notices, once a period.';
+COMMENT ON COLUMN keyvault.plans.notice_percents IS 'Parts of a period''s credits, in percent, whose use is noted in credit_notices, once a period. A change reaches each user when its next threshold is passed, or with its next period or set_plan.';
 COMMENT ON COLUMN keyvault.plans.unknown_outcome IS
     'What a provider call costs whose answer was lost, a day after, when nobody reconciled it: release, nothing; charge, its estimate.';
 COMMENT ON COLUMN keyvault.plans.own_key_rate IS 'Part of those credits debited when the call used the user''s own key; 0 is free.';

@@ -24,7 +24,7 @@ COMMENT ON COLUMN keyvault.credit_budgets.target IS 'The member_id, issued_key_i
 COMMENT ON COLUMN keyvault.credit_budgets.unit IS 'credits, or usd: provider cost, cost_usd of usage records.';
 COMMENT ON COLUMN keyvault.credit_budgets.spent IS 'Spent since window_start, to the nine decimal places of cost_usd; nothing once that day or month is over.';
 COMMENT ON COLUMN keyvault.credit_budgets.spent_apart IS
-    'The part of spent that is for records with a created_at before window_start, less what those with a later one were counted for in an earlier day or month: the proof of spent.';
+    'The part of spent that is for records with a created_at before window_start, less what those with a later one were counted for in an earlier day or month, and less refunds: the proof of spent.';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.credit_budgets', '');
 
 ALTER TABLE keyvault.credit_budgets ENABLE ROW LEVEL SECURITY;

@@ -18,6 +18,20 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION keyvault._find_usage(text, uuid) IS 'A user''s usage record by its id; NULL when there is none.';
 
+CREATE FUNCTION keyvault._refund_budgets(refunded keyvault.usage_records) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    UPDATE keyvault.credit_budgets g
+       SET spent = g.spent - least(refunded.credits, g.spent), spent_apart = g.spent_apart - least(refunded.credits, g.spent)
+     WHERE g.user_id = refunded.user_id AND g.unit = 'credits' AND g.window_start = keyvault._budget_window(g)
+       AND refunded.created_at >= g.window_start
+       AND keyvault._in_budget(g, refunded.model, refunded.issued_key_id, refunded.member_id);
+END $$;
+COMMENT ON FUNCTION keyvault._refund_budgets(keyvault.usage_records) IS
+    'Gives the credits of a refunded record back to the budgets of the day or month under way that have counted it. The caller holds the balance''s row lock.';
+
 CREATE FUNCTION keyvault._refund_usage(user_id text, id uuid, reason text) RETURNS uuid
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
@@ -46,6 +60,7 @@ BEGIN
         RAISE EXCEPTION 'the usage record cost no credits'
             USING ERRCODE = 'invalid_parameter_value', HINT = 'There is nothing to give back.';
     END IF;
+    PERFORM keyvault._refund_budgets(refunded);
     PERFORM keyvault._add_grant(balance, refund, refunded.credits, 'refund', $3, NULL, $2, NULL);
     INSERT INTO keyvault.usage_records (user_id, id, type, provider, model, payer, credits, metadata)
     VALUES ($1, refund, 'refund', refunded.provider, refunded.model, refunded.payer, 0,
@@ -58,4 +73,4 @@ CREATE FUNCTION keyvault.refund_usage(id uuid, reason text, user_id text = NULL)
     LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'keyvault_refund_usage';
 COMMENT ON FUNCTION keyvault.refund_usage(uuid, text, text) IS
-    'Gives back what a usage record cost: a grant without expiry, and a usage record of type refund that says why, both with the id that is returned. A record is refunded once; again returns the same id. user_id NULL is the identity. Errors: 42501, 22004, 22023 for a record that the user has not or that cost nothing.';
+    'Gives back what a usage record cost: a grant without expiry, whatever had paid for it, and a usage record of type refund that says why, both with the id that is returned. Budgets in credits of the day or month under way that have counted the record get them back, too. A record is refunded once; again returns the same id. user_id NULL is the identity. Errors: 42501, 22004, 22023 for a record that the user has not or that cost nothing.';

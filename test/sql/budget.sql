@@ -34,6 +34,22 @@ SELECT keyvault.set_budget('bu_a', 20000) IS NOT NULL AS changed, keyvault.set_b
 TABLE pg_temp.spent;
 TABLE pg_temp.unsound;
 
+-- A refund gives the credits of this day or month back, once, and no USD.
+SELECT keyvault.set_budget('bu_r', 10) IS NOT NULL AS made, keyvault.set_budget('bu_r', 10, 'day', scope => 'model', target => 'gpt-5') IS NOT NULL, keyvault.set_budget('bu_r', 10, unit => 'usd') IS NOT NULL,
+       keyvault.set_budget('bu_r', 10, scope => 'member', target => 'ann') IS NOT NULL;
+SELECT keyvault.record_usage('chat', 'gpt-5-latest', 1, 1, 8, 'bu_r', cost_usd => 3) AS usage \gset
+SELECT keyvault.record_usage('chat', 'o3', 1, 1, 1, 'bu_r', cost_usd => 3) IS NOT NULL AS recorded;
+SELECT keyvault.refund_usage(:'usage', 'a bad answer', 'bu_r') = keyvault.refund_usage(:'usage', 'again', 'bu_r') AS refunded;
+INSERT INTO keyvault.usage_records (user_id, created_at, id, credits) VALUES ('bu_r', now() - interval '40 days', '00000000-0000-7000-8000-0000000000bb', 6);
+SELECT keyvault.refund_usage('00000000-0000-7000-8000-0000000000bb', 'of an earlier month', 'bu_r') IS NOT NULL AS refunded;
+SELECT * FROM pg_temp.spent WHERE budget NOT LIKE '%gpt-5 %usd%' AND amount = 10;
+INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('bu_r', 3);
+INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('bu_r', 0.000001);
+TABLE pg_temp.unsound;
+UPDATE keyvault.credit_budgets SET window_start = window_start - CASE per WHEN 'day' THEN interval '1 day' ELSE interval '1 month' END WHERE user_id = 'bu_r';
+INSERT INTO keyvault.usage_records (user_id, model, credits) VALUES ('bu_r', 'gpt-5', 1);
+TABLE pg_temp.unsound;
+
 -- The next day and month: what comes for the one before, and what came for this one already, have their places.
 UPDATE keyvault.credit_budgets SET window_start = window_start - CASE per WHEN 'day' THEN interval '1 day' ELSE interval '1 month' END WHERE user_id = 'bu_a';
 TABLE pg_temp.unsound;
