@@ -211,3 +211,25 @@ SELECT pg_temp.bounds(style, zone, month) FROM (VALUES
     ('SQL, DMY', 'Asia/Shanghai', timestamptz '2031-02-01 00:00+00'), ('SQL, DMY', 'Asia/Kolkata', '2031-03-01 00:00+00'), ('German', 'America/New_York', '2031-04-01 00:00+00'),
     ('Postgres, MDY', 'Asia/Kolkata', '2031-05-01 00:00+00'), ('ISO', 'America/St_Johns', '2031-06-01 00:00+00')) s(style, zone, month);
 ROLLBACK;
+
+-- A month that was detached is whoever's keeps it: emptied, or moved out of the extension's way.
+BEGIN;
+SELECT keyvault._make_usage_partition('2031-02-01 00:00+00');
+INSERT INTO keyvault.usage_records_2031_02 (user_id, created_at, credits) VALUES ('us_c', '2031-02-03', 0);
+SAVEPOINT a;
+TRUNCATE keyvault.usage_records_2031_02;
+ROLLBACK TO a;
+ALTER TABLE keyvault.usage_records DETACH PARTITION keyvault.usage_records_2031_02;
+TRUNCATE keyvault.usage_records_2031_02;
+SELECT count(*) FROM keyvault.usage_records_2031_02;
+SAVEPOINT a;
+TRUNCATE keyvault.usage_records;
+ROLLBACK TO a;
+TRUNCATE keyvault.usage_records_default;
+ROLLBACK TO a;
+CREATE SCHEMA us_archive;
+ALTER TABLE keyvault.usage_records_2031_02 SET SCHEMA us_archive;
+SET LOCAL client_min_messages = warning;
+DROP EXTENSION keyvault CASCADE;
+SELECT count(*) FROM us_archive.usage_records_2031_02;
+ROLLBACK;
