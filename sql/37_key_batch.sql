@@ -10,7 +10,7 @@ CREATE FUNCTION keyvault.export_recovery_bundle(public_key text, user_ids text[]
     LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'keyvault_export_recovery_bundle';
 COMMENT ON FUNCTION keyvault.export_recovery_bundle(text, text[]) IS
-    'The keys of these users, or of all and the platform, as an OpenPGP message (RFC 4880) to an armored public key (RSA or ElGamal): JSON lines {"user_id", "provider", "name", "key", "expires_at"}. A key that cannot be opened is left out with a warning, KV004 or KV005. No access includes it: a superuser, or who was granted EXECUTE. Errors: KV004 no master key at all, 42501 keyvault.reveal is off, 39000 pgcrypto cannot use the key.';
+    'The keys of these users, or of all and the platform, as an OpenPGP message (RFC 4880) to an armored public key (RSA or ElGamal): JSON lines {"user_id", "provider", "name", "key", "expires_at"}. A key that cannot be opened is left out with a warning, KV004 or KV005. No access includes it: a superuser, or who was granted EXECUTE. Errors: KV004 and KV005 no key opens, 22023 unknown users, 42501 keyvault.reveal is off, 39000 pgcrypto cannot use the key.';
 
 CREATE FUNCTION keyvault.restore_api_keys(lines text) RETURNS bigint
     LANGUAGE c VOLATILE PARALLEL UNSAFE

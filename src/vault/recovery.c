@@ -21,6 +21,7 @@
 #include "base/subtransaction.h"
 #include "catalog/pg_type.h"
 #include "crypto/master_key.h"
+#include "crypto/openpgp.h"
 #include "crypto/reveal.h"
 #include "fmgr.h"
 #include "identity/identity.h"
@@ -93,7 +94,7 @@ append_field(SecretText *plain, const char *name, const char *value)
 	pfree(field.data);
 }
 
-/* A row whose key is to be exported. */
+/* A row whose key is to be exported, and what keeps it from that. */
 typedef struct Export
 {
 	char	   *user_id;
@@ -101,6 +102,8 @@ typedef struct Export
 	pg_uuid_t  *id;
 	bytea	   *stored;
 	char	   *secret;
+	int			code;
+	const char *detail;
 } Export;
 
 static void
@@ -121,16 +124,53 @@ try_open(Export *export)
 		ReThrowError(error);
 	if (export->secret)
 		return true;
+	export->code = error ? error->sqlerrcode : ERRCODE_KV_SECRET_UNREADABLE;
+	export->detail = error ? error->detail : NULL;
 	ereport(WARNING,
-			(errcode(error ? error->sqlerrcode : ERRCODE_KV_SECRET_UNREADABLE),
+			(errcode(export->code),
 			 errmsg("API key of user \"%s\" for provider \"%s\" cannot be opened, and is left out", export->user_id, export->provider),
-			 error && error->detail ? errdetail("%s", error->detail) : 0));
+			 export->detail ? errdetail("%s", export->detail) : 0));
 	return false;
 }
 
-/* Append the line of a key, or warn that there is none. */
-static bool
-append_key(SecretText *plain, HeapTuple row, TupleDesc tupdesc)
+/* What is known of keys that are not in a bundle. */
+typedef struct LeftOut
+{
+	uint64		count;
+	int			code;
+	const char *detail;
+} LeftOut;
+
+static void
+leave_out(LeftOut *left_out, const Export *export)
+{
+	if (left_out->count++ == 0)
+	{
+		left_out->code = export->code;
+		left_out->detail = export->detail;
+	}
+	else if (left_out->code != export->code)
+		left_out->code = ERRCODE_KV_SECRET_UNREADABLE;
+}
+
+/* Tell of them; an error when there is nothing else. */
+static void
+report_left_out(const LeftOut *left_out, uint64 n)
+{
+	if (left_out->count == n)
+		ereport(ERROR,
+				(errcode(left_out->code),
+				 errmsg("none of %llu API keys can be opened, and no recovery bundle is made", (unsigned long long) n),
+				 left_out->detail ? errdetail("%s", left_out->detail) : 0,
+				 errhint("See the warnings before this one; KV004 is a master key that is not loaded.")));
+	ereport(WARNING,
+			(errcode(left_out->code),
+			 errmsg("%llu of %llu API keys are not in the bundle", (unsigned long long) left_out->count, (unsigned long long) n)));
+}
+
+/* Append the line of a key, or note that there is none, with a warning. */
+static void
+append_key(SecretText *plain, HeapTuple row, TupleDesc tupdesc, LeftOut *left_out)
 {
 	bool		isnull;
 	Export		export = {0};
@@ -140,7 +180,10 @@ append_key(SecretText *plain, HeapTuple row, TupleDesc tupdesc)
 	export.id = DatumGetUUIDP(SPI_getbinval(row, tupdesc, 4, &isnull));
 	export.stored = DatumGetByteaPP(SPI_getbinval(row, tupdesc, 5, &isnull));
 	if (!try_open(&export))
-		return false;
+	{
+		leave_out(left_out, &export);
+		return;
+	}
 	append(plain, "{", 1);
 	append_field(plain, "user_id", export.user_id);
 	append(plain, ", ", 2);
@@ -153,43 +196,27 @@ append_key(SecretText *plain, HeapTuple row, TupleDesc tupdesc)
 	append_field(plain, "expires_at", SPI_getvalue(row, tupdesc, 6));
 	append(plain, "}\n", 2);
 	kv_secret_wipe(export.secret, strlen(export.secret));
-	return true;
 }
 
-/*
- * A function of pgcrypto's, in whatever schema it is. pgcrypto may have been made by someone who is no superuser, and
- * who can then make functions of his own its members: only a superuser makes one in C.
- */
-static Oid
-pgcrypto_function(const char *name, int n_arguments)
+/* Error 22023 when some of the users are not known: a misspelled one would be missed when it is too late. */
+static void
+require_users(Datum users)
 {
 	static KvStatement find = {
-		"SELECT p.oid FROM pg_proc p JOIN pg_depend d ON d.classid = 'pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'e'"
-		" JOIN pg_extension e ON e.oid = d.refobjid AND d.refclassid = 'pg_extension'::regclass"
-		" JOIN pg_language l ON l.oid = p.prolang AND l.lanname = 'c'"
-		" WHERE e.extname = 'pgcrypto' AND p.proname = $1 AND p.pronargs = $2", 2, {TEXTOID, INT4OID}
+		"SELECT count(*), string_agg(quote_ident(w), ', ' ORDER BY w) FILTER (WHERE place <= 10) FROM ("
+		"SELECT w, row_number() OVER (ORDER BY w) FROM unnest($1) w WHERE w IS NULL OR w <> ''"
+		" AND NOT EXISTS (SELECT FROM keyvault.users u WHERE u.user_id = w)) v (w, place)", 1, {TEXTARRAYOID}
 	};
-	Datum		values[2] = {CStringGetTextDatum(name), Int32GetDatum(n_arguments)};
 	bool		isnull;
-	Datum		function = kv_statement_value(&find, values, NULL, &isnull);
+	int64		unknown = DatumGetInt64(kv_statement_value(&find, &users, NULL, &isnull));
+	char	   *names = SPI_getvalue(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 2);
 
-	if (isnull)
+	if (unknown > 0)
 		ereport(ERROR,
-				(errcode(ERRCODE_UNDEFINED_FUNCTION),
-				 errmsg("pgcrypto has no function %s", name),
-				 errhint("Run ALTER EXTENSION pgcrypto UPDATE.")));
-	return DatumGetObjectId(function);
-}
-
-/* Encrypt to an armored public key. pgcrypto's own errors say what is wrong with the key. */
-static bytea *
-encrypt(SecretText *plain, Datum public_key)
-{
-	Datum		key = OidFunctionCall1(pgcrypto_function("dearmor", 1), public_key);
-
-	SET_VARSIZE(plain->bytes, plain->length);
-	return DatumGetByteaP(OidFunctionCall3(pgcrypto_function("pgp_pub_encrypt_bytea", 3), PointerGetDatum(plain->bytes), key,
-										   CStringGetTextDatum("cipher-algo=aes256, compress-algo=0")));
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("%lld of user_ids do not exist", (long long) unknown),
+				 names ? errdetail("Among them: %s.", names) : 0,
+				 errhint("Pass each user_id as it stands in keyvault.users, '' for the platform, or NULL for all.")));
 }
 
 Datum
@@ -206,13 +233,15 @@ keyvault_export_recovery_bundle(PG_FUNCTION_ARGS)
 	KvOwnerScope scope;
 	SPITupleTable *rows;
 	uint64		n;
-	uint64		exported = 0;
+	LeftOut		left_out = {0};
 	bytea	   *bundle;
 
 	kv_redaction_mark_statement();
 	kv_argument_require(fcinfo, 0, "public_key");
 	kv_reveal_require();
 	kv_owner_begin(&scope);
+	if (!PG_ARGISNULL(1))
+		require_users(users);
 	n = kv_statement_execute(&find, &users, PG_ARGISNULL(1) ? "n" : NULL);
 	rows = SPI_tuptable;
 	/* Without any master key nothing opens, and that is one error. */
@@ -222,18 +251,17 @@ keyvault_export_recovery_bundle(PG_FUNCTION_ARGS)
 	for (uint64 i = 0; i < n; i++)
 	{
 		CHECK_FOR_INTERRUPTS();
-		exported += append_key(&plain, rows->vals[i], rows->tupdesc);
+		append_key(&plain, rows->vals[i], rows->tupdesc, &left_out);
 	}
-	if (exported < n)
-		ereport(WARNING,
-				(errcode(ERRCODE_KV_SECRET_UNREADABLE),
-				 errmsg("%llu of %llu API keys are not in the bundle", (unsigned long long) (n - exported), (unsigned long long) n)));
-	bundle = encrypt(&plain, PG_GETARG_DATUM(0));
+	if (left_out.count > 0)
+		report_left_out(&left_out, n);
+	SET_VARSIZE(plain.bytes, plain.length);
+	bundle = kv_openpgp_encrypt((bytea *) plain.bytes, PG_GETARG_DATUM(0));
 	bundle = (bytea *) memcpy(MemoryContextAlloc(context, VARSIZE(bundle)), bundle, VARSIZE(bundle));
 	kv_owner_end(&scope);
 	ereport(LOG,
 			(errmsg("recovery bundle of %llu API keys made by role \"%s\"",
-					(unsigned long long) exported, GetUserNameFromId(GetUserId(), false))));
+					(unsigned long long) (n - left_out.count), GetUserNameFromId(GetUserId(), false))));
 	PG_RETURN_BYTEA_P(bundle);
 }
 

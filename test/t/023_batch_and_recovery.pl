@@ -97,8 +97,22 @@ is_deeply([ map { "$_->{user_id} $_->{provider} $_->{name} $_->{key}" } @keys ],
 	'gpg alone opens it: every key');
 my ($some) = export("ARRAY['b']");
 is(scalar(() = gpg($some, '--decrypt') =~ /\n/g), 3, "a bundle of one user's keys");
-my ($none) = export("ARRAY['nobody']");
+$node->safe_psql('postgres', "SELECT keyvault.upsert_user('keyless')");
+my ($none) = export("ARRAY['keyless']");
 is(gpg($none, '--decrypt'), '', 'a bundle of none');
+($none, $warning) = export("ARRAY['b', 'B', 'nobody', '']");
+is($none, '', 'no bundle of users who are not there');
+like($warning, qr/ERROR:  2 of user_ids do not exist\nDETAIL:  Among them: "B", nobody\./, 'and they are named');
+
+# Keys of which none opens are an error, with what is wrong.
+foreach my $lost ([ 'master_key', 'KV004' ], [ 'data_key', 'KV005' ], [ "master_key', 'data_key", 'KV005' ])
+{
+	is(state_of($node, "SELECT keyvault.export_recovery_bundle('$public_key', ARRAY['$lost->[0]'])"), $lost->[1], "no bundle where nothing opens: $lost->[1]");
+}
+($none, $warning) = export("ARRAY['master_key']");
+like($warning, qr/ERROR:  none of 1 API keys can be opened, and no recovery bundle is made\nDETAIL:  Expected key id [0-9a-f]{32}, loaded/, 'which says why');
+$node->psql('postgres', "\\set VERBOSITY verbose\nSELECT keyvault.export_recovery_bundle('$public_key', '{b,master_key}') IS NULL", stderr => \$warning);
+like($warning, qr/WARNING:  KV004: 1 of 4 API keys are not in the bundle/, 'a count has the SQLSTATE of what it counts');
 
 # The drill of the reference, each command as it stands there: a key that is kept elsewhere, a bundle, and its restore into a
 # vault on another server, which has another master key. What a person would type, a passphrase, gpg takes from a file.
@@ -243,7 +257,8 @@ set_config($other, 'keyvault.redact_logs', undef);
 # Keys that pgcrypto cannot encrypt to.
 isnt(state_of($node, "SELECT keyvault.export_recovery_bundle('nonsense')"), '', 'no OpenPGP key');
 my $curve = make_gpg_key('Curve', 'ecc', "Key-Type: EDDSA\nKey-Curve: ed25519\nSubkey-Type: ECDH\nSubkey-Curve: cv25519");
-isnt(state_of($node, "SELECT keyvault.export_recovery_bundle('$curve')"), '', 'a key on a curve, which pgcrypto does not know');
+$node->psql('postgres', "\\set VERBOSITY verbose\nSELECT keyvault.export_recovery_bundle('$curve')", stderr => \$warning);
+like($warning, qr/ERROR:  39000: nothing can be encrypted to this public key\nDETAIL:  pgcrypto says: .*\nHINT:  .*RSA or ElGamal/, 'a key on a curve, which pgcrypto does not know');
 
 # Who may.
 $node->safe_psql('postgres', "CREATE ROLE an_app; SELECT keyvault.grant_access('an_app', 'app'), keyvault.grant_access('an_app', 'admin')");
