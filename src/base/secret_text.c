@@ -227,25 +227,56 @@ kv_secret_text_scrub_key_shapes(char *text)
 		memset(text + (key - text), KV_SECRET_TEXT_MASK, length);
 }
 
-/* Overwrite every occurrence of a secret in text; returns how many there were. */
-Size
-kv_secret_text_scrub_value(char *text, Size length, const char *secret)
+/* How many bytes of JSON from here are this character, itself or an escape (RFC 8259, section 7); 0 when they are another. */
+static Size
+spelled_length(const char *text, const char *end, char character)
 {
-	Size		secret_length = strlen(secret);
-	Size		found = 0;
+	static const char digits[] = "0123456789abcdef";
 
-	if (secret_length == 0 || length < secret_length)
-		return 0;
-	for (char *p = text, *last = text + length - secret_length; p <= last; p++)
+	if (text == end || *text != '\\')
+		return text < end && *text == character ? 1 : 0;
+	if (end - text >= 2 && text[1] == character && strchr("\"\\/", character))
+		return 2;
+	/* Bit 0x20 makes a letter small, and is set in a digit. */
+	return end - text >= 6 && memcmp(text, "\\u00", 4) == 0 &&
+		(text[4] | 0x20) == digits[(unsigned char) character >> 4] && (text[5] | 0x20) == digits[character & 15] ? 6 : 0;
+}
+
+/* Where a secret ends that begins here, however JSON spells it; NULL when none does. */
+static char *
+spelled_end(char *text, const char *end, const char *secret)
+{
+	for (; *secret; secret++)
 	{
-		p = memchr(p, *secret, last - p + 1);
-		if (p == NULL)
-			break;
-		if (memcmp(p, secret, secret_length) == 0)
-		{
-			memset(p, KV_SECRET_TEXT_MASK, secret_length);
-			found++;
-		}
+		Size		length = spelled_length(text, end, *secret);
+
+		if (length == 0)
+			return NULL;
+		text += length;
 	}
-	return found;
+	return text;
+}
+
+/* Overwrite every occurrence of a secret in JSON, spelled with escapes too. What was JSON stays JSON. */
+void
+kv_secret_text_scrub_json(char *text, Size length, const char *secret)
+{
+	char	   *end = text + length;
+
+	while (*secret && text < end)
+	{
+		char	   *behind;
+
+		if (*text != *secret && *text != '\\')
+			text++;
+		else if ((behind = spelled_end(text, end, secret)) != NULL)
+		{
+			memset(text, KV_SECRET_TEXT_MASK, behind - text);
+			text = behind;
+		}
+		else if (*text == '\\')
+			text += end - text >= 6 && text[1] == 'u' ? 6 : Min(2, end - text);
+		else
+			text++;
+	}
 }

@@ -14,6 +14,6 @@
 extern bool kv_secret_text_names_secret(const char *text);
 extern bool kv_secret_text_has_key_shape(const char *text);
 extern void kv_secret_text_scrub_key_shapes(char *text);
-extern Size kv_secret_text_scrub_value(char *text, Size length, const char *secret);
+extern void kv_secret_text_scrub_json(char *text, Size length, const char *secret);
 
 #endif

@@ -257,30 +257,12 @@ outcome_of(const KvCall *call, bool failed)
 	return "failed";
 }
 
-/*
- * Parse an answer, with every occurrence of the key overwritten: some providers quote it in
- * their errors. Where JSON may spell it with escapes, its canonical text is searched too.
- */
+/* Parse an answer, with every occurrence of the key overwritten: some providers quote it in their errors. */
 static Jsonb *
 parse_answer(char *body, Size length, const char *key)
 {
-	bool		escapes = memchr(body, '\\', length) != NULL;
-	Jsonb	   *answer;
-	StringInfoData spelled;
-	char	   *text;
-
-	kv_secret_text_scrub_value(body, length, key);
-	answer = kv_json_parse(body, length);
-	if (answer == NULL || !escapes)
-		return answer;
-	initStringInfo(&spelled);
-	escape_json(&spelled, key);
-	spelled.data[spelled.len - 1] = '\0';	/* the quotes around it */
-	text = JsonbToCString(NULL, &answer->root, VARSIZE(answer));
-	if (kv_secret_text_scrub_value(text, strlen(text), spelled.data + 1) > 0)
-		answer = kv_json_parse(text, strlen(text));
-	kv_secret_wipe(spelled.data, spelled.len);
-	return answer;
+	kv_secret_text_scrub_json(body, length, key);
+	return kv_json_parse(body, length);
 }
 
 /* Write what became of a test of a key. */

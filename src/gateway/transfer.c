@@ -28,7 +28,8 @@
 
 #define EVENTS_AT_ONCE 64
 
-#define SECRET_ANSWER_MAX (64 * 1024)
+/* What a Vault server answers for a key is small. */
+#define OWN_ANSWER_MAX (64 * 1024)
 
 struct KvTransferPool
 {
@@ -53,7 +54,6 @@ struct KvTransfer
 	bool		address_refused;
 	bool		too_large;
 	bool		out_of_memory;
-	bool		secret;			/* the answer is */
 	char		error[CURL_ERROR_SIZE];
 };
 
@@ -105,6 +105,32 @@ open_socket(void *arg, curlsocktype purpose, struct curl_sockaddr *address)
 	return socket(address->family, address->socktype | SOCK_CLOEXEC, address->protocol);
 }
 
+/* Forget an answer, or the part of one: it may be a key, or repeat the one that it was asked for with. */
+static void
+free_body(KvTransfer *transfer)
+{
+	if (transfer->body)
+		kv_secret_wipe(transfer->body, transfer->length);
+	free(transfer->body);
+}
+
+/* Make room for so many bytes of an answer; false without memory. */
+static bool
+grow_body(KvTransfer *transfer, Size wanted)
+{
+	Size		allocated = Max(transfer->allocated * 2, wanted);
+	char	   *larger = malloc(allocated);
+
+	if (larger == NULL)
+		return false;
+	if (transfer->body)
+		memcpy(larger, transfer->body, transfer->length);
+	free_body(transfer);
+	transfer->body = larger;
+	transfer->allocated = allocated;
+	return true;
+}
+
 /* Take decoded bytes, up to the limit. */
 static size_t
 take_body(char *bytes, size_t size, size_t count, void *arg)
@@ -117,18 +143,10 @@ take_body(char *bytes, size_t size, size_t count, void *arg)
 		transfer->too_large = true;
 		return 0;
 	}
-	if (transfer->length + length + 1 > transfer->allocated)
+	if (transfer->length + length + 1 > transfer->allocated && !grow_body(transfer, transfer->length + length + 1))
 	{
-		Size		wanted = Max(transfer->allocated * 2, transfer->length + length + 1);
-		char	   *larger = realloc(transfer->body, wanted);
-
-		if (larger == NULL)
-		{
-			transfer->out_of_memory = true;
-			return 0;
-		}
-		transfer->body = larger;
-		transfer->allocated = wanted;
+		transfer->out_of_memory = true;
+		return 0;
 	}
 	memcpy(transfer->body + transfer->length, bytes, length);
 	transfer->length += length;
@@ -291,9 +309,7 @@ free_transfer(KvTransfer *transfer)
 		kv_secret_wipe(header->data, strlen(header->data));
 	curl_slist_free_all(transfer->headers);
 	free(transfer->request_body);
-	if (transfer->secret && transfer->body)
-		kv_secret_wipe(transfer->body, transfer->allocated);
-	free(transfer->body);
+	free_body(transfer);
 	free(transfer);
 }
 
@@ -372,15 +388,9 @@ kv_transfer_start(KvTransferPool *pool, const KvTransferRequest *request, char *
 	}
 	transfer->owner = request->owner;
 	transfer->allow_private = allowed;
-	transfer->size_max = (Size) kv_max_response_size * 1024;
+	transfer->size_max = request->is_own_server ? OWN_ANSWER_MAX : (Size) kv_max_response_size * 1024;
 	transfer->easy = curl_easy_init();
-	/* Of a secret answer no copy is left behind: it gets all its memory at once. */
-	transfer->secret = request->is_own_server;
-	if (transfer->secret)
-		transfer->size_max = SECRET_ANSWER_MAX;
-	if (transfer->secret && (transfer->body = malloc(SECRET_ANSWER_MAX + 1)) != NULL)
-		transfer->allocated = SECRET_ANSWER_MAX + 1;
-	started = transfer->easy != NULL && copy_request(transfer, request) && (!transfer->secret || transfer->body);
+	started = transfer->easy != NULL && copy_request(transfer, request);
 	if (started)
 	{
 		set_options(transfer, request);

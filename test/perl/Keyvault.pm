@@ -16,7 +16,7 @@ use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 
 our @EXPORT = qw(new_master_key new_node set_config start_mock start_vault write_secret use_mock mock_get mock_open mock_received
-	wait_until state_of seal_key shared_memory chat queue_request request_status ends_as worker_pid balances_are_sums run_pgbench checkpointer
+	wait_until state_of seal_key core_of shared_memory chat queue_request request_status ends_as worker_pid balances_are_sums run_pgbench checkpointer
 	crash_while deadlock_between);
 
 my @mocks;
@@ -168,6 +168,32 @@ sub seal_key
 		vault_id => $parameters->{vault_id}, user_id => $user, provider => $provider // 'openai', secret => $secret } ] ]);
 	IPC::Run::run([ 'node', 'test/formats/formats.mjs' ], '<', \$json, '>', \$out, '2>', \$err) or die $err;
 	return JSON::PP::decode_json($out)->[0];
+}
+
+# The memory of a process, undef when it is closed to us: what a core file of it has, without pages that are marked to stay out, or all.
+sub core_of
+{
+	my ($pid, $all) = @_;
+	no warnings 'portable';
+	my ($content, @range) = ('');
+	open my $maps, '<', "/proc/$pid/smaps" or return;
+	open my $memory, '<:raw', "/proc/$pid/mem" or return;
+	while (my $line = <$maps>)
+	{
+		@range = (hex $1, hex $2) if $line =~ /^([0-9a-f]+)-([0-9a-f]+) rw/;
+		@range = () if $line =~ /^[0-9a-f]+-[0-9a-f]+ (?!rw)/;
+		next unless $line =~ /^VmFlags:/ && @range && ($all || $line !~ / dd\b/);
+		sysseek $memory, $range[0], 0 or return;
+		my $left = $range[1] - $range[0];
+		while ($left > 0)
+		{
+			my $read = sysread $memory, my $chunk, $left > 1048576 ? 1048576 : $left;
+			last unless $read;
+			$content .= $chunk;
+			$left -= $read;
+		}
+	}
+	return $content;
 }
 
 # Everything in the memory that a process of the server shares with the others; undef when it is closed to us.

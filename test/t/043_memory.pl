@@ -16,32 +16,6 @@ my @seed = ('--seed', "of this run $$", '--token', "token-of-this-run-$$");
 my $store = "SELECT keyvault.store_api_key('openai', 'sk-tap-0123456789abcdef', user_id => 'u')";
 my $lookup = "SELECT keyvault.user_api_key('openai', 'u')";
 
-# The memory of a process, undef when it is closed to us: what a core file of it has, without pages that are marked to stay out, or all.
-sub core_of
-{
-	my ($pid, $all) = @_;
-	no warnings 'portable';
-	my ($content, @range) = ('');
-	open my $maps, '<', "/proc/$pid/smaps" or return;
-	open my $memory, '<:raw', "/proc/$pid/mem" or return;
-	while (my $line = <$maps>)
-	{
-		@range = (hex $1, hex $2) if $line =~ /^([0-9a-f]+)-([0-9a-f]+) rw/;
-		@range = () if $line =~ /^[0-9a-f]+-[0-9a-f]+ (?!rw)/;
-		next unless $line =~ /^VmFlags:/ && @range && ($all || $line !~ / dd\b/);
-		sysseek $memory, $range[0], 0 or return;
-		my $left = $range[1] - $range[0];
-		while ($left > 0)
-		{
-			my $read = sysread $memory, my $chunk, $left > 1048576 ? 1048576 : $left;
-			last unless $read;
-			$content .= $chunk;
-			$left -= $read;
-		}
-	}
-	return $content;
-}
-
 # The forms in which a process may have the master key, and what it says last, which has to be found.
 my $key = pack 'H*', $digits;
 my @forms = (bytes => $key, digits => $digits, base64 => encode_base64($key, ''), 'digits in base64' => encode_base64("$digits\n", ''));
