@@ -65,6 +65,27 @@ fail_reference(KvCall *call, const char *reason, bool may_pass)
 	snprintf(call->result.error, sizeof(call->result.error), "the reference to its key cannot be resolved: the Vault server %s", reason);
 }
 
+/* Use what a call's reference stands for, if it can be a key of the provider's. */
+static bool
+use_referenced_key(KvCall *call, char *key)
+{
+	const char *problem;
+	const char *reason;
+
+	if (!kv_reference_check(key, call->provider, &problem, &reason))
+	{
+		fail_reference(call, reason, true);
+		return false;
+	}
+	if (problem == NULL)
+		return kv_call_use_key(call, key);
+	kv_reference_forget(call->reference);
+	call->problem = psprintf("KV009: what the reference to its key names is malformed for provider \"%s\": %s", call->provider, problem);
+	call->result.refused = true;
+	call->result.nothing_sent = true;
+	return false;
+}
+
 /* Find or fetch the key of a call's reference; false when it cannot be had. */
 static bool
 start_resolving(KvCall *call, KvTransferPool *pool)
@@ -75,7 +96,7 @@ start_resolving(KvCall *call, KvTransferPool *pool)
 	if (key)
 	{
 		call->key_was_known = true;
-		return kv_call_use_key(call, key);
+		return use_referenced_key(call, key);
 	}
 	call->resolving = kv_reference_ask(call->reference, pool, call, &reason);
 	if (!call->resolving)
@@ -145,7 +166,7 @@ kv_call_go_on(KvCall *call, KvTransferPool *pool, const KvTransferResult *result
 		fail_reference(call, reason, may_pass);
 	kv_transfer_free(pool, result->transfer);
 	if (key)
-		goes_on = kv_call_use_key(call, key) && send_call(call, pool);
+		goes_on = use_referenced_key(call, key) && send_call(call, pool);
 	MemoryContextSwitchTo(old);
 	return goes_on;
 }

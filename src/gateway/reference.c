@@ -11,10 +11,12 @@
 
 #include "gateway/reference.h"
 
+#include "base/owner_spi.h"
 #include "base/secret.h"
 #include "base/secret_json.h"
 #include "base/settings.h"
 #include "base/vault_server.h"
+#include "gateway/turn.h"
 #include "utils/hsearch.h"
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
@@ -169,4 +171,38 @@ kv_reference_take(const char *reference, const KvTransferResult *result, bool *m
 		return NULL;
 	keep(reference, key.string, lease.count);
 	return key.string;
+}
+
+/*
+ * Why a fetched key cannot be one of the provider's, as a sentence; NULL when it can. False,
+ * with a reason, when that cannot be told now. In a transaction of its own.
+ */
+bool
+kv_reference_check(const char *key, const char *provider, const char **problem, const char **reason)
+{
+	MemoryContext context = CurrentMemoryContext;
+	volatile bool checked = false;
+	KvOwnerScope scope;
+	char	   *message;
+
+	*problem = NULL;
+	PG_TRY();
+	{
+		kv_turn_begin("checking a key");
+		kv_owner_begin(&scope);
+		*problem = kv_key_shape_problem(key, strlen(key), provider);
+		if (*problem)
+			*problem = MemoryContextStrdup(context, *problem);
+		kv_owner_end(&scope);
+		kv_turn_end();
+		checked = true;
+	}
+	PG_CATCH();
+	{
+		(void) kv_turn_roll_back(context, &message);
+		*reason = psprintf("has a key there that could not be checked: %s", message);
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(context);
+	return checked;
 }

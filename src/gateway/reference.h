@@ -15,5 +15,6 @@ extern bool kv_reference_ask(const char *reference, KvTransferPool *pool, void *
 extern char *kv_reference_take(const char *reference, const KvTransferResult *result, bool *may_pass, const char **reason);
 extern void kv_reference_forget(const char *reference);
 extern void kv_reference_forget_all(void);
+extern bool kv_reference_check(const char *key, const char *provider, const char **problem, const char **reason);
 
 #endif

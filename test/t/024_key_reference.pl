@@ -116,6 +116,15 @@ fails_with('no text', 'number', 'no text in the field "other"');
 put_secret('secret/data/spaced', api_key => "sk-with a space\r\nX-Injected: 1");
 refer('spaced', 'vault:secret/spaced#api_key');
 fails_with('no key', 'spaced', 'cannot be a key');
+put_secret('secret/data/foreign', api_key => 'sk-ant-anthropic-key-0123456789');
+$node->safe_psql('postgres', "SELECT keyvault.store_api_key_reference(p, 'vault:secret/foreign#api_key', user_id => 'foreign') FROM unnest('{openai,anthropic}'::text[]) p");
+my $foreign = queue_request($node, 'foreign', 'fails-foreign');
+ends_as($node, $foreign, 'failed', "another provider's key: the call fails");
+is(error_of($foreign), 'KV009: what the reference to its key names is malformed for provider "openai": It begins as keys of provider "anthropic" do.', 'and says why');
+ends_as($node, $node->safe_psql('postgres', "SELECT keyvault.test_api_key('anthropic', user_id => 'foreign')"), 'done', 'its own provider takes it');
+$foreign = queue_request($node, 'foreign', 'fails-foreign');
+ends_as($node, $foreign, 'failed', 'now that it is known, too');
+is(mock_received($port, 'fails-foreign'), 0, 'nothing was sent to the provider');
 refer('down', 'vault:secret/team/openai#api_key2');
 put_secret('secret/data/team/openai', api_key => 'sk-kept-elsewhere-0123456789', api_key2 => 'sk-another-0123456789');
 foreach my $down ([ sealed => 'sealed or down' ], [ error => 'status 500' ], [ malformed => 'not JSON' ], [ redirect => 'status 307' ], [ huge => 'could not be reached' ])
