@@ -10,6 +10,7 @@
 
 #include "gateway/maintenance.h"
 
+#include "base/catalogue.h"
 #include "base/error.h"
 #include "base/owner_spi.h"
 #include "base/settings.h"
@@ -47,6 +48,9 @@ static Job	jobs[] = {
 static bool nobody = true;
 static uint64 looked_after_wakeups = UINT64_MAX;
 
+/* Rotations that were asked for are done without users, and without maintenance: when to go on with these. */
+static TimestampTz asked_due_at = DT_NOEND;
+
 /* Not inlined: gcc would take its variables for ones that a longjmp may clobber. */
 static pg_noinline Job *
 next_job(void)
@@ -68,21 +72,43 @@ find_job(const char *name)
 	return NULL;
 }
 
+static int
+delay_of(const Job *job)
+{
+	return job->often ? Min(ROLL_UP_EVERY_MS, kv_maintenance_interval) : kv_maintenance_interval;
+}
+
+/* Are rotations that were asked for all that there is to do? */
+static bool
+is_limited(void)
+{
+	return nobody || kv_maintenance_interval == 0;
+}
+
 /* When kv_maintenance_take has something to do; infinity for not before the worker is woken. */
 TimestampTz
 kv_maintenance_due_at(void)
 {
-	TimestampTz never;
+	bool		woken = looked_after_wakeups != kv_worker_wakeups();
 
-	TIMESTAMP_NOEND(never);
-	if (kv_maintenance_interval == 0)
-		return never;
-	if (nobody)
-		return looked_after_wakeups == kv_worker_wakeups() ? never : 0;
 	/* With keyvault.reveal off every wake-up may be about a rotation that only the worker can do. */
-	if (!kv_reveal && looked_after_wakeups != kv_worker_wakeups())
+	if (woken && (!kv_reveal || (nobody && kv_maintenance_interval > 0)))
+	{
 		find_job("rotation")->due_at = 0;
-	return next_job()->due_at;
+		return 0;
+	}
+	return is_limited() ? asked_due_at : next_job()->due_at;
+}
+
+/* Do no job later than the interval as it is now says. */
+void
+kv_maintenance_reload(void)
+{
+	TimestampTz now = GetCurrentTimestamp();
+
+	looked_after_wakeups = UINT64_MAX;
+	for (size_t i = 0; i < lengthof(jobs); i++)
+		jobs[i].due_at = Min(jobs[i].due_at, TimestampTzPlusMilliseconds(now, delay_of(&jobs[i])));
 }
 
 static bool
@@ -92,6 +118,18 @@ has_users(void)
 	bool		isnull;
 
 	return DatumGetBool(kv_statement_value(&users, NULL, NULL, &isnull));
+}
+
+/* Is there a rotation that only the worker can do? The SQL of version 0.1.0 has none. */
+static bool
+has_rotation_requests(void)
+{
+	static KvRelation table = {"rotation_requests"};
+	static KvStatement requests = {"SELECT EXISTS (SELECT FROM keyvault.rotation_requests)", 0};
+	bool		isnull;
+
+	return !kv_reveal && OidIsValid(kv_relation_find(&table)) &&
+		DatumGetBool(kv_statement_value(&requests, NULL, NULL, &isnull));
 }
 
 /* One batch of a job; sets whether there is more. Returns how much was done. */
@@ -121,45 +159,56 @@ run_batch(const Job *job, bool *more)
 	return done < 0 ? -1 - done : done;
 }
 
-/* Do one batch of the job that is due. */
+/* Do one batch of the job that is due, or of the rotations that were asked for; returns in how many milliseconds there is more. */
+static int
+take_batch(KvWorker *worker, Job *job)
+{
+	KvOwnerScope scope;
+	bool		asked;
+	bool		more = false;
+	int64		done = 0;
+
+	kv_turn_begin("doing maintenance");
+	kv_owner_begin(&scope);
+	nobody = !has_users();
+	asked = is_limited() && has_rotation_requests();
+	if (!is_limited() || asked)
+		done = run_batch(asked ? find_job("rotation") : job, &more);
+	asked = asked && has_rotation_requests();
+	kv_owner_end(&scope);
+	kv_turn_end();
+	/* A database that is in use keeps its worker, and so does a job that is not done. */
+	if (more || (done > 0 && job->often))
+		worker->idle_since = GetCurrentTimestamp();
+	asked_due_at = asked ? TimestampTzPlusMilliseconds(GetCurrentTimestamp(), more ? 0 : AGAIN_MS) : DT_NOEND;
+	return more ? 0 : delay_of(job);
+}
+
+/* Do what is due. */
 void
 kv_maintenance_take(KvWorker *worker)
 {
 	Job		   *volatile job = next_job();
-	KvOwnerScope scope;
 	char	   *message;
-	volatile int delay_ms = job->often ? Min(ROLL_UP_EVERY_MS, kv_maintenance_interval) : kv_maintenance_interval;
+	volatile int delay_ms;
 
 	looked_after_wakeups = kv_worker_wakeups();
 	MemoryContextSwitchTo(worker->turn_context);
 	PG_TRY();
 	{
-		bool		more = false;
-		int64		done = 0;
-
-		kv_turn_begin("doing maintenance");
-		kv_owner_begin(&scope);
-		nobody = !has_users();
-		if (!nobody)
-			done = run_batch(job, &more);
-		kv_owner_end(&scope);
-		kv_turn_end();
-		if (more)
-			delay_ms = 0;
-		/* A database that is in use keeps its worker, and so does a job that is not done. */
-		if (more || (done > 0 && job->often))
-			worker->idle_since = GetCurrentTimestamp();
+		delay_ms = take_batch(worker, job);
 	}
 	PG_CATCH();
 	{
 		if (!kv_turn_error_may_pass(kv_turn_roll_back(worker->turn_context, &message)))
 			ereport(WARNING,
-					(errmsg("maintenance of keyvault failed in job %s: %s", job->name, message),
-					 errhint("It is tried again; SELECT * FROM keyvault.run_maintenance('%s') does it at once.", job->name)));
-		delay_ms = Min(AGAIN_MS, kv_maintenance_interval);
+					(errmsg("maintenance of keyvault failed in job %s: %s", is_limited() ? "rotation" : job->name, message),
+					 errhint("It is tried again; SELECT * FROM keyvault.run_maintenance() does it at once, but for what waits in keyvault.rotation_requests.")));
+		asked_due_at = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), AGAIN_MS);
+		delay_ms = Min(AGAIN_MS, delay_of(job));
 	}
 	PG_END_TRY();
-	if (!nobody)
+	if (!is_limited())
 		job->due_at = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), delay_ms);
 	MemoryContextSwitchTo(worker->context);
 	MemoryContextReset(worker->turn_context);

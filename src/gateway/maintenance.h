@@ -12,6 +12,7 @@
 #include "gateway/turn.h"
 
 extern TimestampTz kv_maintenance_due_at(void);
+extern void kv_maintenance_reload(void);
 extern void kv_maintenance_take(KvWorker *worker);
 
 #endif

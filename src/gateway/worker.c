@@ -263,6 +263,7 @@ serve_interrupts(KvWorker *worker)
 		leave_if_not_served(worker);
 		kv_transfer_pool_configure(worker->pool, kv_per_host_connections, kv_max_concurrent_requests);
 		kv_reference_forget_all();
+		kv_maintenance_reload();
 		worker->look = true;
 		worker->boxes_due = 0;
 		worker->boxes_again = 0;

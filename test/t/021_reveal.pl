@@ -94,6 +94,15 @@ is(state_of($node, "SELECT keyvault.store_platform_key('exa', 'platforms-own-key
 	is($node->safe_psql('postgres', 'SELECT keyvault.rotate_master_key() IS NULL'), 't', 'rotate_master_key leaves it to the worker');
 	ok(wait_until(sub { $node->safe_psql('postgres', q(SELECT string_agg(status, ',' ORDER BY version) FROM keyvault.master_keys)) eq 'retired,primary' }), 'who does it');
 	is($node->safe_psql('postgres', 'SELECT count(*) FROM keyvault.rotation_requests'), '0', 'nothing is left to do');
+	set_config($node, 'keyvault.maintenance_interval', '0');
+	$node->safe_psql('postgres', "SELECT keyvault.rotate_data_key('after'), keyvault.rotate_data_key('boxed')");
+	ok(wait_until(sub { $node->safe_psql('postgres', "$version AND NOT EXISTS (SELECT FROM keyvault.rotation_requests)") eq '4' }), 'without maintenance, too');
+	set_config($node, 'keyvault.maintenance_interval', undef);
+	$node->safe_psql('postgres', 'CREATE DATABASE userless');
+	$node->safe_psql('userless', 'CREATE EXTENSION keyvault CASCADE');
+	$node->safe_psql('userless', "SELECT keyvault.store_platform_key('exa', 'platforms-own-key')");
+	$node->safe_psql('userless', "SELECT keyvault.rotate_data_key('')");
+	ok(wait_until(sub { $node->safe_psql('userless', "SELECT max(version) FROM keyvault.data_keys WHERE user_id = ''") eq '2' }), 'and in a database without users');
 	ends_as($node, queue_request($node, 'after', 'call-after-rotation'), 'done', 'calls go on');
 	is(called_with('call-after-rotation'), 'sk-stored-while-off-0123456789', 'with the same key');
 }
@@ -147,6 +156,22 @@ SKIP:
 	my $file = $node->safe_psql('postgres', 'SHOW keyvault.master_key_file');
 	(my $digits = slurp_file($file)) =~ s/\s//g;
 	is(count_in_memory($holder, pack 'H*', $digits), 0, 'the master key is gone from a session that held it');
+}
+
+# A data key that has grown too old is rotated by itself; a shorter interval holds from the reload on.
+{
+	my $version = "SELECT max(version) FROM keyvault.data_keys WHERE user_id = 'after'";
+	set_config($node, 'keyvault.reveal', undef);
+	set_config($node, 'keyvault.maintenance_interval', '1h');
+	$node->safe_psql('postgres', 'SELECT keyvault._wake_worker()');
+	wait_until(sub { worker_pid($node) ne '' }) or die 'no worker';
+	$node->safe_psql('postgres', "UPDATE keyvault.data_keys SET created_at = now() - interval '2 days' WHERE user_id = 'after'");
+	set_config($node, 'keyvault.data_key_max_age', '1d');
+	set_config($node, 'keyvault.maintenance_interval', '200ms');
+	ok(wait_until(sub { $node->safe_psql('postgres', $version) eq '5' }), 'a data key is rotated when it is older than keyvault.data_key_max_age');
+	is($node->safe_psql('postgres', "SELECT max(version) FROM keyvault.data_keys WHERE user_id = 'before'"), '2', 'and others are not');
+	set_config($node, $_, undef) foreach qw(keyvault.data_key_max_age keyvault.maintenance_interval);
+	set_config($node, 'keyvault.reveal', 'off');
 }
 
 # Everything is back when it is turned on again.
