@@ -28,7 +28,7 @@ BEGIN
     SELECT u.status INTO user_status FROM keyvault.users u WHERE u.user_id = $1;
     IF user_status <> 'active' THEN
         RAISE EXCEPTION 'user "%" is %', $1, user_status
-            USING ERRCODE = 'KV007', HINT = 'A superuser changes keyvault.users.status.';
+            USING ERRCODE = 'KV007', HINT = 'keyvault.resume_user() ends a suspension; an erasure has no end.';
     END IF;
     INSERT INTO keyvault.requests (user_id, id, provider, type, path, payer, api_key_id, timeout_ms, estimated_usd, body)
     VALUES ($1, $2, $3, 'test', test_path, 'user', key.api_key_id, 30000, 0, '{}');

@@ -2551,7 +2551,7 @@ CREATE FUNCTION keyvault.sealing_key() RETURNS jsonb
 REVOKE ALL ON FUNCTION keyvault.sealing_key() FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault.sealing_key() IS
-    'The public key to which a client seals API keys, and what else that takes, bytes in base64: public_key (a point on P-256) and the same as jwk, key_id, associated_data (its beginning), vault_id, accepted_until. Format: "Sealed box" in doc/keyvault.md. Makes the key at first use and when it is older than keyvault.sealing_key_lifetime. Error: KV004.';
+    'The public key to which a client seals API keys, and what else that takes, bytes in base64: public_key (a point on P-256) and the same as jwk, key_id, associated_data (its beginning), vault_id, accepted_until. Format: "Sealed box" in doc/keyvault.md. Makes the key at first use and when it is older than keyvault.sealing_key_lifetime. Errors: KV004, 25006 there is none yet and the transaction is READ ONLY.';
 
 CREATE FUNCTION keyvault.store_sealed_api_key(provider text, sealed bytea, name text = 'default', user_id text = NULL) RETURNS uuid
     LANGUAGE c VOLATILE PARALLEL UNSAFE
@@ -3775,7 +3775,7 @@ BEGIN
     SELECT u.status INTO user_status FROM keyvault.users u WHERE u.user_id = $1;
     IF user_status <> 'active' THEN
         RAISE EXCEPTION 'user "%" is %', $1, user_status
-            USING ERRCODE = 'KV007', HINT = 'A superuser changes keyvault.users.status.';
+            USING ERRCODE = 'KV007', HINT = 'keyvault.resume_user() ends a suspension; an erasure has no end.';
     END IF;
     INSERT INTO keyvault.requests (user_id, id, provider, type, path, payer, api_key_id, timeout_ms, estimated_usd, body)
     VALUES ($1, $2, $3, 'test', test_path, 'user', key.api_key_id, 30000, 0, '{}');

@@ -146,7 +146,7 @@ await_worker(KvBoxKey *key)
 
 /*
  * The public key to seal to, made if there is none or the newest is old. Call between
- * kv_owner_begin and kv_owner_end. Error: KV004.
+ * kv_owner_begin and kv_owner_end. Errors: KV004, 25006.
  */
 void
 kv_sealing_key_ensure(KvBoxKey *key)
@@ -156,6 +156,11 @@ kv_sealing_key_ensure(KvBoxKey *key)
 
 	if (found && (!is_due || XactReadOnly || !kv_reveal_may_open()))
 		return;
+	if (XactReadOnly && kv_reveal_may_open())
+		ereport(ERROR,
+				(errcode(ERRCODE_READ_ONLY_SQL_TRANSACTION),
+				 errmsg("there is no key to seal to yet, and a read-only transaction cannot make one"),
+				 errhint("Call keyvault.sealing_key() once in a transaction that may write, on the primary; through PostgREST by POST.")));
 	if (kv_reveal_may_open())
 	{
 		kv_sealing_key_make();

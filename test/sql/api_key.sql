@@ -164,3 +164,25 @@ SELECT keyvault.user_api_key('openai', 'key_c');
 ROLLBACK;
 SELECT keyvault.store_api_key('openai', 'sk-regress-afterwards', user_id => 'key_c') IS NOT NULL AS stored;
 SELECT keyvault.user_api_key('openai', 'key_c');
+
+-- Errors that name no value are shown, though the statement holds a key.
+BEGIN;
+SELECT 1 / 0;
+SELECT keyvault.store_api_key('exa', 'regress-key-of-an-aborted-one', user_id => 'aborted');
+ROLLBACK;
+-- A read-only transaction cannot make the sealing key, and says what to do.
+\set VERBOSITY default
+SELECT keyvault.retire_sealing_keys() >= 0 AS retired;
+BEGIN READ ONLY;
+SELECT keyvault.sealing_key();
+ROLLBACK;
+SELECT keyvault.sealing_key() IS NOT NULL AS made;
+BEGIN READ ONLY;
+SELECT keyvault.sealing_key() IS NOT NULL AS found;
+ROLLBACK;
+-- A suspended user's key is not tested, and the hint says how to go on.
+SELECT keyvault.store_api_key('exa', 'regress-key-of-a-suspended-one', user_id => 'test_suspended') IS NOT NULL AS stored;
+SELECT keyvault.store_api_key('openai', 'sk-regress-key-of-a-suspended-one', user_id => 'test_suspended') IS NOT NULL AS stored;
+SELECT keyvault.suspend_user('test_suspended', 'unpaid');
+SELECT keyvault.test_api_key('openai', user_id => 'test_suspended');
+\set VERBOSITY terse
