@@ -228,3 +228,15 @@ SELECT g.user_id, g.id, g.scope, nullif(g.target, '') AS target, g.per, g.unit, 
                             keyvault._budget_held(g) AS held) s;
 COMMENT ON VIEW keyvault.budget_status IS
     'Budgets of the acting user, of every user for access analyst or admin: what is spent, held by open holds, and left, in the budget''s unit.';
+COMMENT ON COLUMN keyvault.budget_status.user_id IS 'Whose budget.';
+COMMENT ON COLUMN keyvault.budget_status.id IS 'The id that set_budget() returned.';
+COMMENT ON COLUMN keyvault.budget_status.scope IS 'What is limited: user, all use; member, issued_key, model: the use that names target.';
+COMMENT ON COLUMN keyvault.budget_status.target IS 'The member_id, issued_key_id or model, whose dated names count too; NULL for scope user.';
+COMMENT ON COLUMN keyvault.budget_status.per IS 'day or month, in UTC.';
+COMMENT ON COLUMN keyvault.budget_status.unit IS 'credits, or usd: provider cost.';
+COMMENT ON COLUMN keyvault.budget_status.amount IS 'What may be spent per day or month, in that unit.';
+COMMENT ON COLUMN keyvault.budget_status.spent IS 'Spent since window_start, in that unit.';
+COMMENT ON COLUMN keyvault.budget_status.held IS 'Set aside by open holds, in that unit.';
+COMMENT ON COLUMN keyvault.budget_status.remaining IS 'What is left of amount after both; 0 when nothing is.';
+COMMENT ON COLUMN keyvault.budget_status.window_start IS 'When the day or month under way began.';
+COMMENT ON COLUMN keyvault.budget_status.resets_at IS 'When it ends, and spent begins anew.';

@@ -39,6 +39,16 @@ CREATE TABLE keyvault.usage_records (
 ) PARTITION BY RANGE (created_at);
 COMMENT ON TABLE keyvault.usage_records IS
     'One row per use, append-only. An INSERT debits credits from the user''s balance in the same transaction, or fails with KV001. Partitioned by month of created_at, in UTC.';
+COMMENT ON COLUMN keyvault.usage_records.user_id IS 'Whose use; the balance of this user is debited.';
+COMMENT ON COLUMN keyvault.usage_records.created_at IS 'When the use was, in the years 1970 to 9999: now unless the INSERT says otherwise. It is debited in the period of the INSERT.';
+COMMENT ON COLUMN keyvault.usage_records.id IS 'A UUID version 7, made by the INSERT unless it gives one.';
+COMMENT ON COLUMN keyvault.usage_records.provider IS 'Whose service was used; NULL: not known, or none. Where the row is priced by its model, whose price it was.';
+COMMENT ON COLUMN keyvault.usage_records.model IS 'The model that was used; NULL: none is named.';
+COMMENT ON COLUMN keyvault.usage_records.request_id IS 'The request whose answer this is; NULL: not a provider call.';
+COMMENT ON COLUMN keyvault.usage_records.api_key_id IS 'The API key that the call used; NULL: not known, or a key for the call alone.';
+COMMENT ON COLUMN keyvault.usage_records.issued_key_id IS 'The issued key that the use came with, as the application states it, for budgets.';
+COMMENT ON COLUMN keyvault.usage_records.idempotency_key IS 'The caller''s own name for the use, for reference: record_usage() sees that it is recorded once, an INSERT does not.';
+COMMENT ON COLUMN keyvault.usage_records.metadata IS 'The application''s own notes; erase_user empties them.';
 COMMENT ON COLUMN keyvault.usage_records.type IS 'chat, api, automation, or the application''s own word of 1 to 63 bytes.';
 COMMENT ON COLUMN keyvault.usage_records.payer IS 'Whose key was used: user, its own, or platform.';
 COMMENT ON COLUMN keyvault.usage_records.input_tokens IS 'Tokens read, cached ones included.';

@@ -170,3 +170,21 @@ SELECT k.user_id, k.provider, k.name, k.hint, k.status, k.source, k.id,
           AND r.created_at >= date_trunc('month', now(), 'UTC')) m ON true;
 COMMENT ON VIEW keyvault.api_key_status IS
     'The acting user''s keys without their values: hint, status and this month''s calls (UTC). Where a sealed key is to take a key''s place, replacement says how that stands (waiting, refused), replacement_at when it was stored, and problem why not; status is the present key''s. Access admin sees every user''s.';
+COMMENT ON COLUMN keyvault.api_key_status.user_id IS 'Whose key; '''' is the platform.';
+COMMENT ON COLUMN keyvault.api_key_status.provider IS 'Whose service the key is for.';
+COMMENT ON COLUMN keyvault.api_key_status.name IS 'Tells a user''s keys of a provider apart; default is used where none is named.';
+COMMENT ON COLUMN keyvault.api_key_status.hint IS 'How the key begins and ends, for people.';
+COMMENT ON COLUMN keyvault.api_key_status.status IS 'active; failed: the provider refused it.';
+COMMENT ON COLUMN keyvault.api_key_status.source IS 'How it came.';
+COMMENT ON COLUMN keyvault.api_key_status.id IS 'The id of the key, as usage_records.api_key_id has it.';
+COMMENT ON COLUMN keyvault.api_key_status.expires_at IS 'From then on it is not used; NULL: never.';
+COMMENT ON COLUMN keyvault.api_key_status.last_used_at IS 'When it was last opened, some seconds late; NULL: never.';
+COMMENT ON COLUMN keyvault.api_key_status.last_verified_at IS 'When the provider last took it; NULL: never.';
+COMMENT ON COLUMN keyvault.api_key_status.rotated_at IS 'When its value last changed.';
+COMMENT ON COLUMN keyvault.api_key_status.created_at IS 'When it was first stored.';
+COMMENT ON COLUMN keyvault.api_key_status.calls_this_month IS 'Usage records of the UTC month that used it.';
+COMMENT ON COLUMN keyvault.api_key_status.cost_usd_this_month IS 'What the provider charges for them, in USD.';
+COMMENT ON COLUMN keyvault.api_key_status.problem IS 'What is wrong with it, or with the key that is to take its place; NULL: nothing.';
+COMMENT ON COLUMN keyvault.api_key_status.use_count IS 'How often it was opened.';
+COMMENT ON COLUMN keyvault.api_key_status.replacement IS 'How a sealed key stands that is to take its place: waiting or refused; NULL: there is none.';
+COMMENT ON COLUMN keyvault.api_key_status.replacement_at IS 'When that was stored.';

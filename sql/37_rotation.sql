@@ -7,6 +7,12 @@ SELECT m.version, encode(m.kek_id, 'hex') AS kek_id, m.status,
   FROM keyvault.master_keys m;
 COMMENT ON VIEW keyvault.master_key_status IS
     'Each master key that this vault has known: its id, its status, and how many data keys it wraps, which is a rotation''s progress. For superusers.';
+COMMENT ON COLUMN keyvault.master_key_status.version IS 'Counts the master keys of this vault, in the order they were first used.';
+COMMENT ON COLUMN keyvault.master_key_status.kek_id IS 'What the key is known by, in hexadecimal digits.';
+COMMENT ON COLUMN keyvault.master_key_status.status IS 'primary wraps, old only opens, retired is given up.';
+COMMENT ON COLUMN keyvault.master_key_status.data_keys IS 'How many data keys it wraps: 0 when a rotation from it is complete.';
+COMMENT ON COLUMN keyvault.master_key_status.created_at IS 'When this vault first used it.';
+COMMENT ON COLUMN keyvault.master_key_status.retired_at IS 'When it wrapped nothing any more and was given up; NULL: not yet.';
 
 CREATE TABLE keyvault.rotation_requests (
     user_id  text COLLATE "C" NOT NULL,
@@ -107,6 +113,13 @@ SELECT k.provider, k.name, k.user_id, k.expires_at,
  ORDER BY k.expires_at;
 COMMENT ON VIEW keyvault.api_keys_due IS
     'The acting user''s provider keys that have to be replaced: they expire within 30 days, or have. days_left is negative for those. Access admin sees every user''s.';
+COMMENT ON COLUMN keyvault.api_keys_due.provider IS 'Whose service the key is for.';
+COMMENT ON COLUMN keyvault.api_keys_due.name IS 'Tells a user''s keys of a provider apart.';
+COMMENT ON COLUMN keyvault.api_keys_due.user_id IS 'Whose key; '''' is the platform.';
+COMMENT ON COLUMN keyvault.api_keys_due.expires_at IS 'From then on it is not used.';
+COMMENT ON COLUMN keyvault.api_keys_due.days_left IS 'Whole days until then; negative: since.';
+COMMENT ON COLUMN keyvault.api_keys_due.hint IS 'How the key begins and ends, for people.';
+COMMENT ON COLUMN keyvault.api_keys_due.status IS 'active; failed: the provider refused it.';
 
 CREATE FUNCTION keyvault._platform_master_key(before integer) RETURNS integer
     LANGUAGE sql STABLE
@@ -146,3 +159,9 @@ SELECT u.user_id, u.erased_at, u.status_reason, e.master_key_version,
  WHERE u.status = 'erased';
 COMMENT ON VIEW keyvault.erasure_status IS
     'Erased users. Copies of their keys in backups and WAL from before erased_at open with the master key of master_key_version, or an earlier one: destroy every copy of those keys, once master_key_retired_at is set, and nothing opens them anywhere. Where a copy may be a sealed box, this database itself holds what opens it until boxes_destroyed_at: retire_sealing_keys(), then rotate_data_key(''''), then rotate the master key. For superusers.';
+COMMENT ON COLUMN keyvault.erasure_status.user_id IS 'Who was erased.';
+COMMENT ON COLUMN keyvault.erasure_status.erased_at IS 'When.';
+COMMENT ON COLUMN keyvault.erasure_status.status_reason IS 'Why, as the caller said.';
+COMMENT ON COLUMN keyvault.erasure_status.master_key_version IS 'The newest master key that opens copies of the user''s keys from before; NULL: none does.';
+COMMENT ON COLUMN keyvault.erasure_status.master_key_retired_at IS 'When that was retired, from when on destroying every copy of it completes the erasure; NULL: not yet.';
+COMMENT ON COLUMN keyvault.erasure_status.boxes_destroyed_at IS 'When the keys were destroyed that sealed boxes of the user open with; NULL: not yet.';

@@ -435,3 +435,19 @@ SELECT r.user_id, r.id, r.provider, r.model, r.payer, r.status, r.attempts,
   FROM keyvault.requests r;
 COMMENT ON VIEW keyvault.request_status IS
     'The acting user''s requests: queued, sent, done, failed, unknown or canceled, with attempts, timings and payer.';
+COMMENT ON COLUMN keyvault.request_status.user_id IS 'Whose request.';
+COMMENT ON COLUMN keyvault.request_status.id IS 'The id that request() returned.';
+COMMENT ON COLUMN keyvault.request_status.provider IS 'Who is called.';
+COMMENT ON COLUMN keyvault.request_status.model IS 'The model that is asked for; NULL: none is named.';
+COMMENT ON COLUMN keyvault.request_status.payer IS 'Whose key is used: user or platform.';
+COMMENT ON COLUMN keyvault.request_status.status IS 'queued, sent, done, failed, unknown or canceled.';
+COMMENT ON COLUMN keyvault.request_status.attempts IS 'How often it was sent.';
+COMMENT ON COLUMN keyvault.request_status.queued_at IS 'When request() was called.';
+COMMENT ON COLUMN keyvault.request_status.sent_at IS 'When it was last sent; NULL: not yet.';
+COMMENT ON COLUMN keyvault.request_status.finished_at IS 'When it ended; NULL: not yet.';
+COMMENT ON COLUMN keyvault.request_status.queue_time IS 'From queued_at to sent_at.';
+COMMENT ON COLUMN keyvault.request_status.call_time IS 'From sent_at to finished_at.';
+COMMENT ON COLUMN keyvault.request_status.next_attempt_at IS 'Not sent before, while it is queued.';
+COMMENT ON COLUMN keyvault.request_status.error IS 'Why it failed, in words.';
+COMMENT ON COLUMN keyvault.request_status.idempotency_key IS 'The caller''s own name for it; NULL: none.';
+COMMENT ON COLUMN keyvault.request_status.metadata IS 'The caller''s own notes.';

@@ -17,3 +17,12 @@ SELECT u.user_id, u.plan, (c.monthly_credits - c.credits_covered)::numeric(18,6)
                       WHERE h.user_id = b.user_id AND h.expires_at > now()) held;
 COMMENT ON VIEW keyvault.credit_status IS
     'Plan and credits of the acting user, of every user for access analyst or admin. Right also when a period or a grant has ended and nothing was written yet. NULL monthly_credits and credits_remaining are unlimited; extra_credits are those of the period, spent ones among them; credits_overage is what was used in the period beyond all of them, on a plan with overage report; a later grant does not pay for it.';
+COMMENT ON COLUMN keyvault.credit_status.user_id IS 'Whose credits.';
+COMMENT ON COLUMN keyvault.credit_status.plan IS 'The plan that the user is on.';
+COMMENT ON COLUMN keyvault.credit_status.monthly_credits IS 'Credits of the plan, or agreed with the user, for the period; NULL is unlimited.';
+COMMENT ON COLUMN keyvault.credit_status.extra_credits IS 'Credits beyond the plan in this period, those that are spent among them.';
+COMMENT ON COLUMN keyvault.credit_status.credits_used IS 'Credits debited since the period began.';
+COMMENT ON COLUMN keyvault.credit_status.credits_held IS 'Credits that open holds set aside.';
+COMMENT ON COLUMN keyvault.credit_status.credits_remaining IS 'What can be used or held now; NULL is unlimited.';
+COMMENT ON COLUMN keyvault.credit_status.credits_reset_at IS 'When the period ends, and the next one begins.';
+COMMENT ON COLUMN keyvault.credit_status.credits_overage IS 'Credits used in the period beyond all of them, on a plan with overage report.';

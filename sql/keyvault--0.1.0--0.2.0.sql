@@ -1570,6 +1570,18 @@ REVOKE ALL ON keyvault.budget_status FROM PUBLIC;
 
 COMMENT ON VIEW keyvault.budget_status IS
     'Budgets of the acting user, of every user for access analyst or admin: what is spent, held by open holds, and left, in the budget''s unit.';
+COMMENT ON COLUMN keyvault.budget_status.user_id IS 'Whose budget.';
+COMMENT ON COLUMN keyvault.budget_status.id IS 'The id that set_budget() returned.';
+COMMENT ON COLUMN keyvault.budget_status.scope IS 'What is limited: user, all use; member, issued_key, model: the use that names target.';
+COMMENT ON COLUMN keyvault.budget_status.target IS 'The member_id, issued_key_id or model, whose dated names count too; NULL for scope user.';
+COMMENT ON COLUMN keyvault.budget_status.per IS 'day or month, in UTC.';
+COMMENT ON COLUMN keyvault.budget_status.unit IS 'credits, or usd: provider cost.';
+COMMENT ON COLUMN keyvault.budget_status.amount IS 'What may be spent per day or month, in that unit.';
+COMMENT ON COLUMN keyvault.budget_status.spent IS 'Spent since window_start, in that unit.';
+COMMENT ON COLUMN keyvault.budget_status.held IS 'Set aside by open holds, in that unit.';
+COMMENT ON COLUMN keyvault.budget_status.remaining IS 'What is left of amount after both; 0 when nothing is.';
+COMMENT ON COLUMN keyvault.budget_status.window_start IS 'When the day or month under way began.';
+COMMENT ON COLUMN keyvault.budget_status.resets_at IS 'When it ends, and spent begins anew.';
 
 COMMENT ON FUNCTION keyvault._debit_tag() IS
     'The number of this transaction in this installation of the extension, the default of usage_records.debit_tag.';
@@ -1580,6 +1592,17 @@ ALTER TABLE keyvault.usage_records ADD COLUMN units numeric(18,6);
 ALTER TABLE keyvault.usage_records ADD COLUMN member_id text;
 ALTER TABLE keyvault.usage_records ADD COLUMN hold_id uuid;
 ALTER TABLE keyvault.usage_records ADD COLUMN price jsonb;
+
+COMMENT ON COLUMN keyvault.usage_records.user_id IS 'Whose use; the balance of this user is debited.';
+COMMENT ON COLUMN keyvault.usage_records.created_at IS 'When the use was, in the years 1970 to 9999: now unless the INSERT says otherwise. It is debited in the period of the INSERT.';
+COMMENT ON COLUMN keyvault.usage_records.id IS 'A UUID version 7, made by the INSERT unless it gives one.';
+COMMENT ON COLUMN keyvault.usage_records.provider IS 'Whose service was used; NULL: not known, or none. Where the row is priced by its model, whose price it was.';
+COMMENT ON COLUMN keyvault.usage_records.model IS 'The model that was used; NULL: none is named.';
+COMMENT ON COLUMN keyvault.usage_records.request_id IS 'The request whose answer this is; NULL: not a provider call.';
+COMMENT ON COLUMN keyvault.usage_records.api_key_id IS 'The API key that the call used; NULL: not known, or a key for the call alone.';
+COMMENT ON COLUMN keyvault.usage_records.issued_key_id IS 'The issued key that the use came with, as the application states it, for budgets.';
+COMMENT ON COLUMN keyvault.usage_records.idempotency_key IS 'The caller''s own name for the use, for reference: record_usage() sees that it is recorded once, an INSERT does not.';
+COMMENT ON COLUMN keyvault.usage_records.metadata IS 'The application''s own notes; erase_user empties them.';
 
 COMMENT ON COLUMN keyvault.usage_records.credits IS
     'Credits debited by this row. An INSERT that leaves them out has the row priced, by its model and tokens or by the cost_usd it gives.';
@@ -2421,6 +2444,24 @@ SELECT k.user_id, k.provider, k.name, k.hint, k.status, k.source, k.id,
           AND r.created_at >= date_trunc('month', now(), 'UTC')) m ON true;
 COMMENT ON VIEW keyvault.api_key_status IS
     'The acting user''s keys without their values: hint, status and this month''s calls (UTC). Where a sealed key is to take a key''s place, replacement says how that stands (waiting, refused), replacement_at when it was stored, and problem why not; status is the present key''s. Access admin sees every user''s.';
+COMMENT ON COLUMN keyvault.api_key_status.user_id IS 'Whose key; '''' is the platform.';
+COMMENT ON COLUMN keyvault.api_key_status.provider IS 'Whose service the key is for.';
+COMMENT ON COLUMN keyvault.api_key_status.name IS 'Tells a user''s keys of a provider apart; default is used where none is named.';
+COMMENT ON COLUMN keyvault.api_key_status.hint IS 'How the key begins and ends, for people.';
+COMMENT ON COLUMN keyvault.api_key_status.status IS 'active; failed: the provider refused it.';
+COMMENT ON COLUMN keyvault.api_key_status.source IS 'How it came.';
+COMMENT ON COLUMN keyvault.api_key_status.id IS 'The id of the key, as usage_records.api_key_id has it.';
+COMMENT ON COLUMN keyvault.api_key_status.expires_at IS 'From then on it is not used; NULL: never.';
+COMMENT ON COLUMN keyvault.api_key_status.last_used_at IS 'When it was last opened, some seconds late; NULL: never.';
+COMMENT ON COLUMN keyvault.api_key_status.last_verified_at IS 'When the provider last took it; NULL: never.';
+COMMENT ON COLUMN keyvault.api_key_status.rotated_at IS 'When its value last changed.';
+COMMENT ON COLUMN keyvault.api_key_status.created_at IS 'When it was first stored.';
+COMMENT ON COLUMN keyvault.api_key_status.calls_this_month IS 'Usage records of the UTC month that used it.';
+COMMENT ON COLUMN keyvault.api_key_status.cost_usd_this_month IS 'What the provider charges for them, in USD.';
+COMMENT ON COLUMN keyvault.api_key_status.problem IS 'What is wrong with it, or with the key that is to take its place; NULL: nothing.';
+COMMENT ON COLUMN keyvault.api_key_status.use_count IS 'How often it was opened.';
+COMMENT ON COLUMN keyvault.api_key_status.replacement IS 'How a sealed key stands that is to take its place: waiting or refused; NULL: there is none.';
+COMMENT ON COLUMN keyvault.api_key_status.replacement_at IS 'When that was stored.';
 
 -- The keys that clients seal API keys to.
 
@@ -2608,6 +2649,12 @@ REVOKE ALL ON keyvault.master_key_status FROM PUBLIC;
 
 COMMENT ON VIEW keyvault.master_key_status IS
     'Each master key that this vault has known: its id, its status, and how many data keys it wraps, which is a rotation''s progress. For superusers.';
+COMMENT ON COLUMN keyvault.master_key_status.version IS 'Counts the master keys of this vault, in the order they were first used.';
+COMMENT ON COLUMN keyvault.master_key_status.kek_id IS 'What the key is known by, in hexadecimal digits.';
+COMMENT ON COLUMN keyvault.master_key_status.status IS 'primary wraps, old only opens, retired is given up.';
+COMMENT ON COLUMN keyvault.master_key_status.data_keys IS 'How many data keys it wraps: 0 when a rotation from it is complete.';
+COMMENT ON COLUMN keyvault.master_key_status.created_at IS 'When this vault first used it.';
+COMMENT ON COLUMN keyvault.master_key_status.retired_at IS 'When it wrapped nothing any more and was given up; NULL: not yet.';
 
 CREATE TABLE keyvault.rotation_requests (
     user_id  text COLLATE "C" NOT NULL,
@@ -2728,6 +2775,13 @@ REVOKE ALL ON keyvault.api_keys_due FROM PUBLIC;
 
 COMMENT ON VIEW keyvault.api_keys_due IS
     'The acting user''s provider keys that have to be replaced: they expire within 30 days, or have. days_left is negative for those. Access admin sees every user''s.';
+COMMENT ON COLUMN keyvault.api_keys_due.provider IS 'Whose service the key is for.';
+COMMENT ON COLUMN keyvault.api_keys_due.name IS 'Tells a user''s keys of a provider apart.';
+COMMENT ON COLUMN keyvault.api_keys_due.user_id IS 'Whose key; '''' is the platform.';
+COMMENT ON COLUMN keyvault.api_keys_due.expires_at IS 'From then on it is not used.';
+COMMENT ON COLUMN keyvault.api_keys_due.days_left IS 'Whole days until then; negative: since.';
+COMMENT ON COLUMN keyvault.api_keys_due.hint IS 'How the key begins and ends, for people.';
+COMMENT ON COLUMN keyvault.api_keys_due.status IS 'active; failed: the provider refused it.';
 
 CREATE FUNCTION keyvault._platform_master_key(before integer) RETURNS integer
     LANGUAGE sql STABLE
@@ -2775,6 +2829,12 @@ REVOKE ALL ON keyvault.erasure_status FROM PUBLIC;
 
 COMMENT ON VIEW keyvault.erasure_status IS
     'Erased users. Copies of their keys in backups and WAL from before erased_at open with the master key of master_key_version, or an earlier one: destroy every copy of those keys, once master_key_retired_at is set, and nothing opens them anywhere. Where a copy may be a sealed box, this database itself holds what opens it until boxes_destroyed_at: retire_sealing_keys(), then rotate_data_key(''''), then rotate the master key. For superusers.';
+COMMENT ON COLUMN keyvault.erasure_status.user_id IS 'Who was erased.';
+COMMENT ON COLUMN keyvault.erasure_status.erased_at IS 'When.';
+COMMENT ON COLUMN keyvault.erasure_status.status_reason IS 'Why, as the caller said.';
+COMMENT ON COLUMN keyvault.erasure_status.master_key_version IS 'The newest master key that opens copies of the user''s keys from before; NULL: none does.';
+COMMENT ON COLUMN keyvault.erasure_status.master_key_retired_at IS 'When that was retired, from when on destroying every copy of it completes the erasure; NULL: not yet.';
+COMMENT ON COLUMN keyvault.erasure_status.boxes_destroyed_at IS 'When the keys were destroyed that sealed boxes of the user open with; NULL: not yet.';
 
 -- Keys that are kept on a Vault server.
 
@@ -3834,6 +3894,32 @@ SELECT u.user_id, u.plan, (c.monthly_credits - c.credits_covered)::numeric(18,6)
 
 COMMENT ON VIEW keyvault.credit_status IS
     'Plan and credits of the acting user, of every user for access analyst or admin. Right also when a period or a grant has ended and nothing was written yet. NULL monthly_credits and credits_remaining are unlimited; extra_credits are those of the period, spent ones among them; credits_overage is what was used in the period beyond all of them, on a plan with overage report; a later grant does not pay for it.';
+COMMENT ON COLUMN keyvault.credit_status.user_id IS 'Whose credits.';
+COMMENT ON COLUMN keyvault.credit_status.plan IS 'The plan that the user is on.';
+COMMENT ON COLUMN keyvault.credit_status.monthly_credits IS 'Credits of the plan, or agreed with the user, for the period; NULL is unlimited.';
+COMMENT ON COLUMN keyvault.credit_status.extra_credits IS 'Credits beyond the plan in this period, those that are spent among them.';
+COMMENT ON COLUMN keyvault.credit_status.credits_used IS 'Credits debited since the period began.';
+COMMENT ON COLUMN keyvault.credit_status.credits_held IS 'Credits that open holds set aside.';
+COMMENT ON COLUMN keyvault.credit_status.credits_remaining IS 'What can be used or held now; NULL is unlimited.';
+COMMENT ON COLUMN keyvault.credit_status.credits_reset_at IS 'When the period ends, and the next one begins.';
+COMMENT ON COLUMN keyvault.credit_status.credits_overage IS 'Credits used in the period beyond all of them, on a plan with overage report.';
+
+COMMENT ON COLUMN keyvault.request_status.user_id IS 'Whose request.';
+COMMENT ON COLUMN keyvault.request_status.id IS 'The id that request() returned.';
+COMMENT ON COLUMN keyvault.request_status.provider IS 'Who is called.';
+COMMENT ON COLUMN keyvault.request_status.model IS 'The model that is asked for; NULL: none is named.';
+COMMENT ON COLUMN keyvault.request_status.payer IS 'Whose key is used: user or platform.';
+COMMENT ON COLUMN keyvault.request_status.status IS 'queued, sent, done, failed, unknown or canceled.';
+COMMENT ON COLUMN keyvault.request_status.attempts IS 'How often it was sent.';
+COMMENT ON COLUMN keyvault.request_status.queued_at IS 'When request() was called.';
+COMMENT ON COLUMN keyvault.request_status.sent_at IS 'When it was last sent; NULL: not yet.';
+COMMENT ON COLUMN keyvault.request_status.finished_at IS 'When it ended; NULL: not yet.';
+COMMENT ON COLUMN keyvault.request_status.queue_time IS 'From queued_at to sent_at.';
+COMMENT ON COLUMN keyvault.request_status.call_time IS 'From sent_at to finished_at.';
+COMMENT ON COLUMN keyvault.request_status.next_attempt_at IS 'Not sent before, while it is queued.';
+COMMENT ON COLUMN keyvault.request_status.error IS 'Why it failed, in words.';
+COMMENT ON COLUMN keyvault.request_status.idempotency_key IS 'The caller''s own name for it; NULL: none.';
+COMMENT ON COLUMN keyvault.request_status.metadata IS 'The caller''s own notes.';
 
 -- Usage for people: by day, model, month and payer, what it earns, and what is out of the ordinary. Each view is exact
 -- at any time: it reads what is added up already and the records that are not.

@@ -19,6 +19,10 @@ SELECT p.oid::regprocedure FROM pg_proc p
 SELECT pg_describe_object(d.classid, d.objid, 0) :members
    AND d.classid IN ('pg_class'::regclass, 'pg_proc'::regclass)
    AND obj_description(d.objid, d.classid::regclass::text) IS NULL ORDER BY 1;
+-- and so has every column that people read
+SELECT c.oid::regclass, a.attname FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+ WHERE c.relnamespace = 'keyvault'::regnamespace AND (c.relkind = 'v' AND c.relname !~ '^_' OR c.oid = 'keyvault.usage_records'::regclass)
+   AND col_description(c.oid, a.attnum) IS NULL;
 -- nothing is granted to PUBLIC
 SELECT p.oid::regprocedure FROM pg_proc p
  WHERE p.pronamespace = 'keyvault'::regnamespace AND EXISTS (SELECT FROM aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a WHERE a.grantee = 0);
