@@ -147,6 +147,10 @@ DECLARE
     last_day date := ($2 AT TIME ZONE 'UTC')::date;
     divided record;
 BEGIN
+    IF $2 IS NULL OR $2 = 'infinity' THEN
+        RAISE EXCEPTION 'at must be a time'
+            USING ERRCODE = CASE WHEN $2 IS NULL THEN 'null_value_not_allowed' ELSE 'invalid_parameter_value' END, HINT = 'Pass now() for the present.';
+    END IF;
     SELECT * INTO b FROM keyvault.credit_balances c WHERE c.user_id = $1 AND c.slot = 0;
     IF NOT FOUND OR $2 < b.period_anchor THEN
         RETURN;

@@ -42,6 +42,10 @@ SELECT r.* FROM unnest(ARRAY[$$'ma_a', 5, scope => 'issued_key', target => 'zzz'
 SELECT count(*) FROM keyvault.users WHERE user_id = 'ma_nobody';
 SELECT keyvault.set_budget('ma_a', NULL) IS NULL AS none;
 
+-- no time is no time to have a balance at
+SELECT r.* FROM unnest('{NULL,infinity}'::timestamptz[]) t, LATERAL pg_temp.refusal(format('SELECT * FROM keyvault.balance_at(''ma_a'', %L)', t)) r;
+SELECT count(*) FROM keyvault.balance_at('ma_a', '-infinity');
+
 -- a use that names no model
 INSERT INTO keyvault.usage_records (user_id, provider, tokens) VALUES ('ma_b', 'openai', 1), ('ma_b', NULL, 1);
 SELECT * FROM keyvault.verify_ledger() WHERE user_id LIKE 'ma\_%';
