@@ -427,10 +427,11 @@ AS $$
 DECLARE
     balance keyvault.credit_balances := keyvault._lock_balance($1, may_create);
 BEGIN
-    IF keyvault._credits_left(balance) < amount AND balance.credits_held > 0 THEN
+    -- What costs nothing is not refused, whatever is left.
+    IF amount > 0 AND keyvault._credits_left(balance) < amount AND balance.credits_held > 0 THEN
         balance := keyvault._sweep_holds($1);
     END IF;
-    IF keyvault._credits_left(balance) < amount AND NOT keyvault._reports_overage($1) THEN
+    IF amount > 0 AND keyvault._credits_left(balance) < amount AND NOT keyvault._reports_overage($1) THEN
         PERFORM keyvault._refuse_credits(balance, amount);
     END IF;
     RETURN balance;

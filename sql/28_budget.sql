@@ -164,6 +164,18 @@ END $$;
 COMMENT ON FUNCTION keyvault._charge_budgets(text) IS
     'Counts the debit under way in its user''s budgets. The caller holds the balance''s row lock. Error: KV001.';
 
+CREATE FUNCTION keyvault._await_free_uses(user_id text) RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE STRICT
+    AS 'MODULE_PATHNAME', 'keyvault_await_free_uses';
+COMMENT ON FUNCTION keyvault._await_free_uses(text) IS
+    'Waits for transactions under way that have recorded uses of no credits of a user, or of one of its 1/128 of all users; further ones go by the balance''s row lock until the transaction ends. To be called before that is locked.';
+
+CREATE FUNCTION keyvault._budget_used_by_now(user_id text, id uuid) RETURNS numeric
+    LANGUAGE c VOLATILE PARALLEL UNSAFE STRICT
+    AS 'MODULE_PATHNAME', 'keyvault_budget_used_by_now';
+COMMENT ON FUNCTION keyvault._budget_used_by_now(text, uuid) IS
+    'What usage records of a budget''s day or month come to, in its unit, of those that are committed when it is called; NULL for no such budget.';
+
 CREATE FUNCTION keyvault._set_budget(user_id text, amount numeric, per text, unit text, scope text, target text, may_create boolean) RETURNS uuid
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
@@ -190,6 +202,7 @@ BEGIN
                     USING ERRCODE = 'invalid_text_representation', HINT = 'Pass what usage records have as issued_key_id.';
         END;
     END IF;
+    PERFORM keyvault._await_free_uses($1);
     -- Nobody is made to have a budget removed.
     PERFORM keyvault._lock_balance($1, $7 AND $2 IS NOT NULL);
     IF $2 IS NULL THEN
@@ -203,7 +216,7 @@ BEGIN
         RETURNING * INTO budget;
         IF budget.created_at = budget.updated_at THEN
             -- What this day or month has seen already counts.
-            UPDATE keyvault.credit_budgets g SET spent = keyvault._budget_used(budget, budget.window_start), spent_apart = 0
+            UPDATE keyvault.credit_budgets g SET spent = keyvault._budget_used_by_now($1, budget.id), spent_apart = 0
              WHERE g.user_id = $1 AND g.id = budget.id;
         END IF;
     END IF;

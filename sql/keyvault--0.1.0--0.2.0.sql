@@ -731,10 +731,11 @@ AS $$
 DECLARE
     balance keyvault.credit_balances := keyvault._lock_balance($1, may_create);
 BEGIN
-    IF keyvault._credits_left(balance) < amount AND balance.credits_held > 0 THEN
+    -- What costs nothing is not refused, whatever is left.
+    IF amount > 0 AND keyvault._credits_left(balance) < amount AND balance.credits_held > 0 THEN
         balance := keyvault._sweep_holds($1);
     END IF;
-    IF keyvault._credits_left(balance) < amount AND NOT keyvault._reports_overage($1) THEN
+    IF amount > 0 AND keyvault._credits_left(balance) < amount AND NOT keyvault._reports_overage($1) THEN
         PERFORM keyvault._refuse_credits(balance, amount);
     END IF;
     RETURN balance;
@@ -1500,6 +1501,20 @@ REVOKE ALL ON FUNCTION keyvault._charge_budgets(user_id text) FROM PUBLIC;
 COMMENT ON FUNCTION keyvault._charge_budgets(text) IS
     'Counts the debit under way in its user''s budgets. The caller holds the balance''s row lock. Error: KV001.';
 
+CREATE FUNCTION keyvault._await_free_uses(user_id text) RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE STRICT
+    AS 'MODULE_PATHNAME', 'keyvault_await_free_uses';
+REVOKE ALL ON FUNCTION keyvault._await_free_uses(text) FROM PUBLIC;
+COMMENT ON FUNCTION keyvault._await_free_uses(text) IS
+    'Waits for transactions under way that have recorded uses of no credits of a user, or of one of its 1/128 of all users; further ones go by the balance''s row lock until the transaction ends. To be called before that is locked.';
+
+CREATE FUNCTION keyvault._budget_used_by_now(user_id text, id uuid) RETURNS numeric
+    LANGUAGE c VOLATILE PARALLEL UNSAFE STRICT
+    AS 'MODULE_PATHNAME', 'keyvault_budget_used_by_now';
+REVOKE ALL ON FUNCTION keyvault._budget_used_by_now(text, uuid) FROM PUBLIC;
+COMMENT ON FUNCTION keyvault._budget_used_by_now(text, uuid) IS
+    'What usage records of a budget''s day or month come to, in its unit, of those that are committed when it is called; NULL for no such budget.';
+
 CREATE FUNCTION keyvault._set_budget(user_id text, amount numeric, per text, unit text, scope text, target text, may_create boolean) RETURNS uuid
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
@@ -1526,6 +1541,7 @@ BEGIN
                     USING ERRCODE = 'invalid_text_representation', HINT = 'Pass what usage records have as issued_key_id.';
         END;
     END IF;
+    PERFORM keyvault._await_free_uses($1);
     -- Nobody is made to have a budget removed.
     PERFORM keyvault._lock_balance($1, $7 AND $2 IS NOT NULL);
     IF $2 IS NULL THEN
@@ -1539,7 +1555,7 @@ BEGIN
         RETURNING * INTO budget;
         IF budget.created_at = budget.updated_at THEN
             -- What this day or month has seen already counts.
-            UPDATE keyvault.credit_budgets g SET spent = keyvault._budget_used(budget, budget.window_start), spent_apart = 0
+            UPDATE keyvault.credit_budgets g SET spent = keyvault._budget_used_by_now($1, budget.id), spent_apart = 0
              WHERE g.user_id = $1 AND g.id = budget.id;
         END IF;
     END IF;
@@ -4372,6 +4388,10 @@ DECLARE
     last_day date := ($2 AT TIME ZONE 'UTC')::date;
     divided record;
 BEGIN
+    IF $2 IS NULL OR $2 = 'infinity' THEN
+        RAISE EXCEPTION 'at must be a time'
+            USING ERRCODE = CASE WHEN $2 IS NULL THEN 'null_value_not_allowed' ELSE 'invalid_parameter_value' END, HINT = 'Pass now() for the present.';
+    END IF;
     SELECT * INTO b FROM keyvault.credit_balances c WHERE c.user_id = $1 AND c.slot = 0;
     IF NOT FOUND OR $2 < b.period_anchor THEN
         RETURN;

@@ -24,6 +24,7 @@
 #include "catalog/pg_type.h"
 #include "commands/trigger.h"
 #include "credit/amount.h"
+#include "credit/free_use.h"
 #include "executor/executor.h"
 #include "miscadmin.h"
 #include "storage/lmgr.h"
@@ -283,6 +284,7 @@ kv_balance_debit(const char *user_id, int64 micro_credits)
 	KvIndexScan scan;
 	KvBalanceResult result = KV_BALANCE_UNDECIDED;
 	bool		is_split = false;
+	bool		is_free = micro_credits == 0 && kv_free_use_announce(user_id);
 
 	kv_owner_fresh_snapshot_begin();
 	kv_index_scan_begin(&scan, kv_index_or(&rows_of_user, &slots_of_user), &key);
@@ -292,7 +294,9 @@ kv_balance_debit(const char *user_id, int64 micro_credits)
 	{
 		CheckCmdReplicaIdentity(scan.table, CMD_UPDATE);
 		is_split = !kv_amount_at_most(amount_of(scan.slot, BALANCE_CREDITS_LENT), kv_amount_zero());
-		if (micro_credits == 0 && goes_unnoticed(scan.slot, amount_of(scan.slot, BALANCE_CREDITS_USED)))
+		/* What an older snapshot shows of a row that was changed since may lack a budget: a write finds out. */
+		if (is_free && goes_unnoticed(scan.slot, amount_of(scan.slot, BALANCE_CREDITS_USED)) &&
+			!(IsolationUsesXactSnapshot() && is_being_changed(scan.slot)))
 			result = KV_BALANCE_DEBITED;
 		else if (!is_split)
 			result = debit_row(scan.table, scan.slot, true, amount);
