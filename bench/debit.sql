@@ -15,5 +15,7 @@ CREATE INDEX ON %1$s_this_month USING brin (debit_tag) WITH (pages_per_range = 3
 ALTER TABLE bare_records ALTER debit_tag SET DEFAULT 0;
 ALTER TABLE bare_records_this_month ALTER debit_tag SET DEFAULT 0;
 CREATE TRIGGER price_usage BEFORE INSERT ON undebited_records FOR EACH ROW EXECUTE FUNCTION keyvault._price_usage();
+SELECT current_setting('data_directory') || '/usage.copy' AS rows \gset
+COPY (SELECT 'user_' || (i % 1000 + 1), 'chat', 'gpt-5-mini', 100, 0.25 FROM generate_series(1, 100000) i) TO :'rows';
 VACUUM ANALYZE keyvault.credit_balances;
 CHECKPOINT;

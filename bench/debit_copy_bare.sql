@@ -1,0 +1,1 @@
+COPY bare_records (user_id, type, model, tokens, credits) FROM :rows;
