@@ -15,6 +15,7 @@
 #include "credit/balance.h"
 
 #include "access/tableam.h"
+#include "access/transam.h"
 #include "access/xact.h"
 #include "base/error.h"
 #include "base/index_scan.h"
@@ -23,6 +24,7 @@
 #include "catalog/pg_trigger.h"
 #include "catalog/pg_type.h"
 #include "commands/trigger.h"
+#include "common/int.h"
 #include "credit/amount.h"
 #include "credit/free_use.h"
 #include "executor/executor.h"
@@ -155,6 +157,70 @@ write_used(Relation balances, TupleTableSlot *row, Numeric used)
 	return result;
 }
 
+/*
+ * How many debits a transaction finds room for in the further slot that it takes. Where it
+ * has to look for room elsewhere while it holds a slot, it waits for others that hold
+ * theirs, and may be waiting for it.
+ */
+#define DEBITS_TO_COME 32
+
+/*
+ * What this process debits to split balances, in micro-credits: a debit, which half of the
+ * last ones were above; what came after the first debit of the transaction under way; and
+ * the most that came so in earlier ones, a little less with each that goes by.
+ */
+static int64 usual_debit;
+static FullTransactionId debiting;
+static int64 debited_more;
+static int64 debited_more_earlier;
+
+static void
+note_debit(int64 micro_credits)
+{
+	FullTransactionId xid = GetTopFullTransactionIdIfAny();
+
+	if (usual_debit == 0)
+		usual_debit = micro_credits;
+	else
+		usual_debit += micro_credits > usual_debit ? usual_debit / 16 + 1 : -(usual_debit / 16);
+	if (!FullTransactionIdEquals(xid, debiting))
+	{
+		debited_more_earlier = Max(debited_more, debited_more_earlier - debited_more_earlier / 8);
+		debiting = xid;
+		debited_more = 0;
+	}
+	else if (pg_add_s64_overflow(debited_more, micro_credits, &debited_more))
+		debited_more = PG_INT64_MAX;
+}
+
+/* A debit of which a transaction may have DEBITS_TO_COME when it begins with this one: twice what earlier ones had, at least. */
+int64
+kv_balance_usual_debit(int64 micro_credits)
+{
+	int64		usual = usual_debit == 0 ? micro_credits : usual_debit + micro_credits / DEBITS_TO_COME;
+
+	return Max(usual, debited_more_earlier / (DEBITS_TO_COME / 2));
+}
+
+/* What there should be room for in a slot that a debit is the transaction's first of. */
+static Numeric
+amount_to_come(int64 micro_credits)
+{
+	int64		to_come;
+
+	if (pg_mul_s64_overflow(kv_balance_usual_debit(micro_credits), DEBITS_TO_COME, &to_come))
+		to_come = PG_INT64_MAX;
+	return kv_amount_of_micro(to_come);
+}
+
+/* Whether this transaction has changed the row. */
+static bool
+is_held(TupleTableSlot *row)
+{
+	return TTS_IS_BUFFERTUPLE(row) &&
+		TransactionIdIsCurrentTransactionId(HeapTupleHeaderGetXmin(((BufferHeapTupleTableSlot *) row)->base.tuple->t_data));
+}
+
 static void
 raise_serialization_failure(void)
 {
@@ -180,12 +246,14 @@ lock_newest(Relation balances, TupleTableSlot *row)
  * again locks slot 0 first, and must not wait for somebody who waits for slot 0.
  */
 static KvBalanceResult
-debit_row(Relation balances, TupleTableSlot *row, bool is_slot_0, Numeric amount)
+debit_row(Relation balances, TupleTableSlot *row, bool is_slot_0, Numeric amount, Numeric to_come)
 {
 	KvBalanceResult done = KV_BALANCE_DEBITED;
 	Numeric		used;
 	TM_Result	result;
 
+	if (!is_slot_0 && !is_held(row) && !has_room(row, to_come, &used))
+		return KV_BALANCE_UNDECIDED;
 	if (!has_room(row, amount, &used))
 		return KV_BALANCE_UNDECIDED;
 	result = write_used(balances, row, used);
@@ -220,7 +288,7 @@ static KvIndex slot_of_user = {{"credit_balances"}, {"credit_balances_pkey"}, 2,
 
 /* Debit one further slot, which nobody is changing. */
 static KvBalanceResult
-debit_slot(const char *user_id, int slot, Numeric amount)
+debit_slot(const char *user_id, int slot, Numeric amount, Numeric to_come)
 {
 	Datum		keys[2] = {CStringGetTextDatum(user_id), Int16GetDatum(slot)};
 	KvIndexScan scan;
@@ -228,38 +296,49 @@ debit_slot(const char *user_id, int slot, Numeric amount)
 
 	kv_index_scan_begin(&scan, &slot_of_user, keys);
 	if (kv_index_scan_next(&scan, ForwardScanDirection) && !is_being_changed(scan.slot))
-		result = debit_row(scan.table, scan.slot, false, amount);
+		result = debit_row(scan.table, scan.slot, false, amount, to_come);
 	kv_index_scan_end(&scan);
 	return result;
 }
 
-/* Debit the first of the further slots with room, or, without waiting, the first that nobody is changing. */
+/*
+ * Debit the first of the further slots with room, or, without waiting, the first that
+ * nobody is changing. Sets whether this transaction holds one.
+ */
 static KvBalanceResult
-debit_first_slot(const char *user_id, bool wait, Numeric amount)
+debit_first_slot(const char *user_id, bool wait, Numeric amount, Numeric to_come, bool *holds_one)
 {
 	Datum		key = CStringGetTextDatum(user_id);
 	KvIndexScan scan;
 	KvBalanceResult result = KV_BALANCE_UNDECIDED;
 	bool		isnull;
 
+	*holds_one = false;
 	kv_index_scan_begin(&scan, &slots_of_user, &key);
 	while (result == KV_BALANCE_UNDECIDED && kv_index_scan_next(&scan, ForwardScanDirection))
+	{
+		*holds_one |= is_held(scan.slot);
 		if (DatumGetInt16(slot_getattr(scan.slot, BALANCE_SLOT, &isnull)) > 0 && (wait || !is_being_changed(scan.slot)))
-			result = debit_row(scan.table, scan.slot, false, amount);
+			result = debit_row(scan.table, scan.slot, false, amount, to_come);
+	}
 	kv_index_scan_end(&scan);
 	return result;
 }
 
-/* Debit a user whose balance is split: this process's own slot, or any free one, or any. */
+/*
+ * Debit a user whose balance is split: this process's own slot, or any free one, or, as
+ * long as it holds none that another may be waiting for, any.
+ */
 static KvBalanceResult
-debit_any_slot(const char *user_id, Numeric amount)
+debit_any_slot(const char *user_id, Numeric amount, Numeric to_come)
 {
-	KvBalanceResult result = debit_slot(user_id, 1 + KvMyProcNumber() % SLOTS, amount);
+	KvBalanceResult result = debit_slot(user_id, 1 + KvMyProcNumber() % SLOTS, amount, to_come);
+	bool		holds_one;
 
 	if (result == KV_BALANCE_UNDECIDED)
-		result = debit_first_slot(user_id, false, amount);
-	if (result == KV_BALANCE_UNDECIDED)
-		result = debit_first_slot(user_id, true, amount);
+		result = debit_first_slot(user_id, false, amount, to_come, &holds_one);
+	if (result == KV_BALANCE_UNDECIDED && !holds_one)
+		result = debit_first_slot(user_id, true, amount, to_come, &holds_one);
 	return result;
 }
 
@@ -299,11 +378,14 @@ kv_balance_debit(const char *user_id, int64 micro_credits)
 			!(IsolationUsesXactSnapshot() && is_being_changed(scan.slot)))
 			result = KV_BALANCE_DEBITED;
 		else if (!is_split)
-			result = debit_row(scan.table, scan.slot, true, amount);
+			result = debit_row(scan.table, scan.slot, true, amount, amount);
 	}
 	kv_index_scan_end(&scan);
 	if (is_split && result == KV_BALANCE_UNDECIDED)
-		result = debit_any_slot(user_id, amount);
+	{
+		note_debit(micro_credits);
+		result = debit_any_slot(user_id, amount, amount_to_come(micro_credits));
+	}
 	kv_owner_fresh_snapshot_end();
 	return result;
 }

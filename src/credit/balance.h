@@ -16,5 +16,6 @@ typedef enum KvBalanceResult
 } KvBalanceResult;
 
 extern KvBalanceResult kv_balance_debit(const char *user_id, int64 micro_credits);
+extern int64 kv_balance_usual_debit(int64 micro_credits);
 
 #endif

@@ -318,7 +318,12 @@ debit_user(const Debit *debit)
 	KvBalanceResult result = kv_balance_debit(debit->user_id, debit->micro_credits);
 
 	if (result == KV_BALANCE_DEBITED_IN_TURN && is_hot(debit->user_id))
-		run_for_user(&split, debit, false);
+	{
+		Debit		usual = *debit;
+
+		usual.micro_credits = kv_balance_usual_debit(debit->micro_credits);
+		run_for_user(&split, &usual, false);
+	}
 	if (result == KV_BALANCE_UNDECIDED)
 		run_for_user(&slow, debit, kv_identity_role_acts_for_any_user(GetUserId()));
 }

@@ -17,15 +17,16 @@ SELECT * FROM pg_temp.slots WHERE user_id = 'bal_a';
 SELECT keyvault._split_balance('bal_a', 0);
 SELECT * FROM pg_temp.slots WHERE user_id = 'bal_a';
 -- debits go to a slot, and the views know them
-INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('bal_a', 20);
-INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('bal_a', 20);
+INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('bal_a', 0.5);
+INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('bal_a', 0.5);
 SELECT count(*) FILTER (WHERE slot = 0) AS in_slot_0, count(*) FILTER (WHERE slot > 0) AS in_others
   FROM keyvault.credit_balances WHERE user_id = 'bal_a' AND credits_used > 0;
 SELECT monthly_credits, credits_used, credits_remaining FROM keyvault.credit_status WHERE user_id = 'bal_a';
 -- none are debited without a write
 INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('bal_a', 0);
--- one that fits in no slot makes the balance one row again
-INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('bal_a', 24);
+-- one that fits in no slot, with room for as many more, makes the balance one row again
+INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('bal_a', 20);
+INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('bal_a', 43);
 SELECT * FROM pg_temp.slots WHERE user_id = 'bal_a';
 -- the last credit of a split balance is spent, and no more
 SELECT keyvault._split_balance('bal_a', 0.1);

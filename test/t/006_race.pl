@@ -66,6 +66,28 @@ SQL
 	no_deadlock('one busy user');
 }
 
+# Transactions that debit a busy user several times, up to his limit, past every threshold.
+{
+	sql("INSERT INTO keyvault.plans (plan, monthly_credits) VALUES ('busier', 40000)");
+	sql("SELECT keyvault.upsert_user('busier', plan => 'busier')");
+	my ($code, $out, $err) = run_pgbench($node, [ '-c', '16', '-j', '2', '-t', '2000' ], [ 1, <<'SCRIPT' ]);
+\set credits random(1, 3)
+BEGIN;
+INSERT INTO keyvault.usage_records (user_id, type, credits) VALUES ('busier', 'race', 1);
+INSERT INTO keyvault.usage_records (user_id, type, credits) VALUES ('busier', 'race', :credits);
+INSERT INTO keyvault.usage_records (user_id, type, credits) SELECT 'busier', 'race', 1 FROM generate_series(1, 3);
+INSERT INTO keyvault.usage_records (user_id, type, credits) VALUES ('busier', 'race', :credits);
+COMMIT;
+SCRIPT
+	is(() = $err =~ /credit limit reached for user "busier"/g, 16, 'each of 16 clients is refused in the end');
+	unlike($err, qr/ERROR:  (?!credit limit reached)/, 'for no other reason');
+	is(sql(<<'SQL'), 't|t', 'the balance is the sum of the rows, and within the limit');
+SELECT sum(credits_used) = (SELECT sum(credits) FROM keyvault.usage_records WHERE user_id = 'busier'), sum(credits_used) BETWEEN 39991 AND 40000
+  FROM keyvault.credit_balances WHERE user_id = 'busier'
+SQL
+	no_deadlock('several debits in a transaction');
+}
+
 # The same with other errors behind the debit, in the statement's transaction and in a subtransaction of it.
 {
 	sql(<<'SQL');
