@@ -152,6 +152,24 @@ is(called_with('expired', 'the one after an expired one'), 'sk-box-0123456789-bo
 sql('SELECT keyvault._forget_sealing_keys()');
 is(sql('SELECT count(*) FROM keyvault.sealing_keys WHERE retired_at <= now()'), '0', 'the sealing key can go then');
 
+# A box whose key somebody has locked is passed over, and found again by maintenance, though nobody announces that it is free.
+my @boxes = map { boxed($_, "sk-box-0123456789-box1") } 'locked', 'unlocked';
+sql("SELECT keyvault.store_api_key('openai', 'sk-key-0123456789-' || u, user_id => u) FROM unnest('{locked,unlocked}'::text[]) u");
+becomes($_, "active|sk-${dots}cked||", "$_: a key") foreach 'locked', 'unlocked';
+worker_leaves();
+is(store_box($_, shift @boxes), '', "$_: a box") foreach 'locked', 'unlocked';
+my $holder = $node->background_psql('postgres');
+$holder->query_safe('BEGIN');
+$holder->query_safe("SELECT FROM keyvault.api_keys WHERE user_id = 'locked' FOR UPDATE");
+set_config($node, 'keyvault.maintenance_interval', '50ms');
+worker_comes();
+becomes('unlocked', "active|sk-${dots}box1||", 'one is opened');
+is(told('locked'), "active|sk-${dots}cked|waiting|", 'beside one that is locked');
+$holder->query_safe('COMMIT');
+$holder->quit;
+becomes('locked', "active|sk-${dots}box1||", 'which is opened when it is not');
+set_config($node, 'keyvault.maintenance_interval', undef);
+
 # Where keys can be opened, a box is opened at once, and what waited is forgotten.
 $box{last} = [ map { boxed('last', "sk-box-0123456789-$_") } 'box1', 'box2' ];
 sql("SELECT keyvault.store_api_key('openai', 'sk-key-0123456789-last', user_id => 'last')");
