@@ -165,6 +165,10 @@ BEGIN
         RAISE EXCEPTION 'payer must be auto, user or platform' USING ERRCODE = 'invalid_parameter_value',
             HINT = 'auto uses the user''s own key if there is one, else the platform''s.';
     END IF;
+    IF $7 = 'platform' AND $8 IS NOT NULL THEN
+        RAISE EXCEPTION 'payer is platform, and the call brings a key of its own' USING ERRCODE = 'invalid_parameter_value',
+            HINT = 'Leave api_key out for the platform''s key, or payer for the call''s own, which is the user''s.';
+    END IF;
 
     address := keyvault._address_request(p, $5, $6, $4);
     the_path := address.path;

@@ -2721,20 +2721,20 @@ COMMENT ON FUNCTION keyvault._rotate_master_key_step(integer) IS
     'A step of rotate_master_key(batch), which its caller commits: the switch to the first loaded key, or a batch of up to batch data keys, or the end; true with the end. Errors: those of rotate_master_key(), 55P03 the end waits for transactions that store first keys.';
 
 CREATE FUNCTION keyvault.rotate_data_key(user_id text) RETURNS integer
-    LANGUAGE c VOLATILE PARALLEL UNSAFE STRICT
+    LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'keyvault_rotate_data_key';
 REVOKE ALL ON FUNCTION keyvault.rotate_data_key(user_id text) FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault.rotate_data_key(text) IS
-    'Seals a user''s secrets again, under a new version of the data key, and deletes the version before; returns the new version, NULL for a user without a data key, and with keyvault.reveal off, when the worker does it. The user '''' is the platform. A secret that does not open is left as it is, with a warning, and its data key with it. Access admin, or the right to act for any user. Errors: KV004, KV005 the data key cannot be opened, 25000 isolation level, 42501.';
+    'Seals a user''s secrets again, under a new version of the data key, and deletes the version before; returns the new version, NULL for a user without a data key, and with keyvault.reveal off, when the worker does it. The user '''' is the platform. A secret that does not open is left as it is, with a warning, and its data key with it. Access admin, or the right to act for any user. Errors: KV004, KV005 the data key cannot be opened, 22004, 25000 isolation level, 42501.';
 
 CREATE FUNCTION keyvault.rotate_data_keys(older_than interval, batch integer = 100) RETURNS integer
-    LANGUAGE c VOLATILE PARALLEL UNSAFE STRICT
+    LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'keyvault_rotate_data_keys';
 REVOKE ALL ON FUNCTION keyvault.rotate_data_keys(older_than interval, batch integer) FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault.rotate_data_keys(interval, integer) IS
-    'rotate_data_key for up to batch users, 1 to 10000, whose data key is older than older_than, the oldest first; returns how many, 0 when all is done. A user whose data key cannot be opened is passed over with a warning KV005. Access admin, or the right to act for any user. Errors: KV004, 22023, 25000, 42501.';
+    'rotate_data_key for up to batch users, 1 to 10000, whose data key is older than older_than, the oldest first; returns how many, 0 when all is done. A user whose data key cannot be opened is passed over with a warning KV005. Access admin, or the right to act for any user. Errors: KV004, 22004, 22023 batch, or a negative older_than, 25000, 42501.';
 
 CREATE FUNCTION keyvault._rotate_due(batch integer, OUT done integer, OUT more boolean)
     LANGUAGE plpgsql
@@ -3537,6 +3537,10 @@ BEGIN
     IF $7 NOT IN ('auto', 'user', 'platform') THEN
         RAISE EXCEPTION 'payer must be auto, user or platform' USING ERRCODE = 'invalid_parameter_value',
             HINT = 'auto uses the user''s own key if there is one, else the platform''s.';
+    END IF;
+    IF $7 = 'platform' AND $8 IS NOT NULL THEN
+        RAISE EXCEPTION 'payer is platform, and the call brings a key of its own' USING ERRCODE = 'invalid_parameter_value',
+            HINT = 'Leave api_key out for the platform''s key, or payer for the call''s own, which is the user''s.';
     END IF;
 
     address := keyvault._address_request(p, $5, $6, $4);

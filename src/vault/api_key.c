@@ -14,6 +14,7 @@
 #include "base/index_scan.h"
 #include "base/owner_spi.h"
 #include "base/redaction.h"
+#include "base/secret_text.h"
 #include "base/secret.h"
 #include "base/settings.h"
 #include "catalog/pg_type.h"
@@ -80,6 +81,11 @@ kv_api_key_name(FunctionCallInfo fcinfo, int argument)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("name of an API key must be 1 to %d bytes long", NAMEDATALEN - 1)));
+	if (kv_secret_text_has_key_shape(name))
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("name of an API key has the shape of a key, and names are not encrypted"),
+				 errhint("The arguments are provider, key, name: pass the key as the second.")));
 	return name;
 }
 

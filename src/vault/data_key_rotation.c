@@ -11,6 +11,7 @@
 #include "postgres.h"
 
 #include "access/xact.h"
+#include "base/argument.h"
 #include "base/error.h"
 #include "base/owner_spi.h"
 #include "base/pg_version.h"
@@ -26,6 +27,7 @@
 #include "identity/user.h"
 #include "miscadmin.h"
 #include "utils/builtins.h"
+#include "utils/fmgrprotos.h"
 #include "utils/timestamp.h"
 #include "vault/key_row.h"
 
@@ -210,11 +212,14 @@ try_rotate(const char *user_id, uint32 expected)
 Datum
 keyvault_rotate_data_key(PG_FUNCTION_ARGS)
 {
-	text	   *argument = PG_GETARG_TEXT_PP(0);
-	char	   *user_id = VARSIZE_ANY_EXHDR(argument) == 0 ? KV_PLATFORM_USER : kv_identity_check_user_id(argument);
+	text	   *argument;
+	char	   *user_id;
 	KvOwnerScope scope;
 	uint32		version = 0;
 
+	kv_argument_require(fcinfo, 0, "user_id");
+	argument = PG_GETARG_TEXT_PP(0);
+	user_id = VARSIZE_ANY_EXHDR(argument) == 0 ? KV_PLATFORM_USER : kv_identity_check_user_id(argument);
 	require_rights();
 	kv_owner_begin(&scope);
 	if (kv_reveal_may_open())
@@ -239,7 +244,8 @@ keyvault_rotate_data_keys(PG_FUNCTION_ARGS)
 		" AND NOT EXISTS (SELECT FROM keyvault.data_keys n WHERE n.user_id = d.user_id AND n.version > d.version)"
 		" ORDER BY d.created_at, d.user_id LIMIT $2) o ORDER BY o.user_id", 2, {INTERVALOID, INT4OID}
 	};
-	int			batch = PG_GETARG_INT32(1);
+	static const Interval none = {0};
+	int			batch = PG_ARGISNULL(1) ? 0 : PG_GETARG_INT32(1);
 	Datum		values[2] = {PG_GETARG_DATUM(0), Int32GetDatum(batch)};
 	KvOwnerScope scope;
 	SPITupleTable *users;
@@ -248,6 +254,12 @@ keyvault_rotate_data_keys(PG_FUNCTION_ARGS)
 	bool		isnull;
 
 	require_rights();
+	kv_argument_require(fcinfo, 0, "older_than");
+	kv_argument_require(fcinfo, 1, "batch");
+	if (DatumGetBool(DirectFunctionCall2(interval_lt, values[0], IntervalPGetDatum(&none))))
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("older_than must not be negative"),
+				 errhint("Pass '0' for every data key.")));
 	if (batch < 1 || batch > BATCH_MAX)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("batch must be 1 to %d", BATCH_MAX)));

@@ -34,16 +34,40 @@ raise_not_keys(const char *what)
 			 errhint("Pass an object of providers and keys: {\"openai\": \"...\", \"gemini\": \"...\"}.")));
 }
 
+/* Error 22023 unless the provider is known. Which it is is said without quoting it: it may be a key. */
+static void
+require_provider(const char *provider, int place)
+{
+	MemoryContext context = CurrentMemoryContext;
+
+	PG_TRY();
+	{
+		kv_api_key_require_provider(provider);
+	}
+	PG_CATCH();
+	{
+		ErrorData  *error;
+
+		MemoryContextSwitchTo(context);
+		error = CopyErrorData();
+		FlushErrorState();
+		if (error->sqlerrcode == ERRCODE_INVALID_PARAMETER_VALUE)
+			error->detail = psprintf("Its name in keys has %zu bytes, and is number %d there by length and then by bytes.", strlen(provider), place);
+		ReThrowError(error);
+	}
+	PG_END_TRY();
+}
+
 /* Store one key of the batch, and add it to the result. */
 static void
-store_one(KvNewKey *key, const JsonbValue *value, ReturnSetInfo *result)
+store_one(KvNewKey *key, int place, const JsonbValue *value, ReturnSetInfo *result)
 {
 	Datum		columns[2];
 	bool		nulls[2] = {false, false};
 	pg_uuid_t	id;
 	char	   *secret;
 
-	kv_api_key_require_provider(key->provider);
+	require_provider(key->provider, place);
 	if (value->type != jbvString)
 		raise_not_keys(psprintf("the key for provider \"%s\" is not a string", key->provider));
 	secret = kv_secret_alloc(value->val.string.len + 1);
@@ -66,6 +90,7 @@ keyvault_store_api_keys(PG_FUNCTION_ARGS)
 	JsonbValue	value;
 	KvOwnerScope scope;
 	Jsonb	   *keys;
+	int			place = 0;
 
 	kv_redaction_mark_statement();
 	kv_argument_require(fcinfo, 0, "keys");
@@ -83,7 +108,7 @@ keyvault_store_api_keys(PG_FUNCTION_ARGS)
 		if (token == WJB_KEY)
 			key.provider = pnstrdup(value.val.string.val, value.val.string.len);
 		else if (token == WJB_VALUE)
-			store_one(&key, &value, (ReturnSetInfo *) fcinfo->resultinfo);
+			store_one(&key, ++place, &value, (ReturnSetInfo *) fcinfo->resultinfo);
 	}
 	kv_owner_end(&scope);
 	return (Datum) 0;

@@ -186,3 +186,17 @@ SELECT keyvault.store_api_key('openai', 'sk-regress-key-of-a-suspended-one', use
 SELECT keyvault.suspend_user('test_suspended', 'unpaid');
 SELECT keyvault.test_api_key('openai', user_id => 'test_suspended');
 \set VERBOSITY terse
+
+-- A name is not encrypted: what has the shape of a key is none.
+SELECT keyvault.store_api_key('exa', 'default-key', 'sk-ant-regress-key-as-a-name-0123', 'swapped');
+SELECT keyvault.store_platform_key('exa', 'default-key', 'sk-ant-regress-key-as-a-name-0123');
+SELECT count(*) FROM keyvault.api_keys WHERE name ~ 'regress';
+-- An unknown provider of a batch is told by its place, and not quoted.
+\set VERBOSITY default
+SELECT * FROM keyvault.store_api_keys('{"exa": "regress-batch-key", "sk-ant-regress-key-0123456789": "openai"}', 'swapped');
+SELECT * FROM keyvault.store_api_keys('{"openay": "sk-regress-batch-key", "anthropic": "sk-ant-regress-batch-key"}', 'swapped');
+\set VERBOSITY terse
+-- What is stored without an end has none.
+SELECT keyvault.store_api_key('exa', 'regress-key-with-an-end', user_id => 'ends', expires_at => now() + interval '1 day') IS NOT NULL AS stored;
+SELECT provider FROM keyvault.store_api_keys('{"exa": "regress-key-with-an-end"}', 'ends');
+SELECT expires_at FROM keyvault.api_keys WHERE user_id = 'ends';

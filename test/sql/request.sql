@@ -57,6 +57,7 @@ SELECT keyvault.request('openai', '{}', path => '/../admin', user_id => 'rq_b');
 SELECT keyvault.request('openai', '{}', path => E'/v1\r\nX-Injected: 1', user_id => 'rq_b');
 SELECT keyvault.request('copilotkit', '{}', user_id => 'rq_b');
 SELECT keyvault.request('openai', '{}', payer => 'boss', user_id => 'rq_b');
+SELECT keyvault.request('openai', '{}', payer => 'platform', api_key => 'sk-regress-key-for-one-call', user_id => 'rq_b');
 SELECT keyvault.request('openai', '{}', timeout => '0', user_id => 'rq_b');
 SELECT keyvault.request('openai', '{}', timeout => '1 day', user_id => 'rq_b');
 SELECT keyvault.request('openai', NULL, user_id => 'rq_b');

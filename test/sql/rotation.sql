@@ -28,7 +28,7 @@ SELECT keyvault.rotate_data_key('rot_a'), keyvault.rotate_data_key('rot_a');
 SELECT count(*) AS changed FROM keyvault.api_keys k JOIN reference r USING (id) WHERE k.ciphertext <> r.ciphertext;
 SELECT * FROM pg_temp.versions('rot_a');
 -- nothing to rotate
-SELECT keyvault.rotate_data_key('rot_nobody'), keyvault.rotate_data_key(NULL);
+SELECT keyvault.rotate_data_key('rot_nobody');
 
 -- The platform, whose data key also holds the private keys of sealed boxes.
 SELECT keyvault.rotate_data_key('') > 1 AS rotated;
@@ -67,6 +67,10 @@ SELECT 'alive' AS session;
 UPDATE keyvault.data_keys SET wrapped = set_byte(wrapped, 8, 255 - get_byte(wrapped, 8)) WHERE user_id = 'rot_a';
 SELECT keyvault.rotate_data_keys('90 days', 0);
 SELECT keyvault.rotate_data_keys('90 days', 10001);
+SELECT keyvault.rotate_data_keys('-1 day');
+SELECT keyvault.rotate_data_keys(NULL);
+SELECT keyvault.rotate_data_keys('0', NULL);
+SELECT keyvault.rotate_data_key(NULL);
 BEGIN ISOLATION LEVEL REPEATABLE READ;
 SELECT keyvault.rotate_data_key('rot_a');
 ROLLBACK;
