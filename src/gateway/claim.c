@@ -145,13 +145,17 @@ try_open_key(KvCall *call, HeapTuple row)
 	SPITupleTable *claimed = SPI_tuptable;
 	ErrorData  *error = kv_subtransaction_run(open_key_of, &key);
 
-	/* Looking at a sealed key's shape is a statement, too. */
-	SPI_tuptable = claimed;
 	if (error)
 	{
-		call->problem = psprintf("%s: %s", unpack_sql_state(error->sqlerrcode), error->message);
+		/* Which master key is missing is in the detail. */
+		bool		detailed = error->sqlerrcode == ERRCODE_KV_MASTER_KEY && error->detail;
+
+		call->problem = psprintf("%s: %s%s%s", unpack_sql_state(error->sqlerrcode), error->message,
+								 detailed ? ": " : "", detailed ? error->detail : "");
 		call->problem_may_pass = may_open_later(error->sqlerrcode);
 	}
+	/* Looking at a sealed key's shape is a statement, too. */
+	SPI_tuptable = claimed;
 }
 
 /* The headers of the call: the provider's own, with room for the one with the key. */

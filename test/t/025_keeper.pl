@@ -192,7 +192,10 @@ SH
 	# A call whose key is under a master key that is not among those of the source has nothing to wait for.
 	write_secret($key, unpack('H*', join '', map { chr int rand 256 } 1 .. 32) . "\n");
 	$node->restart;
-	ends_as($node, queue_request($node, 'another', 'of another'), 'failed', 'another master key is not waited for');
+	my $another = queue_request($node, 'another', 'of another');
+	ends_as($node, $another, 'failed', 'another master key is not waited for');
+	like(sql("SELECT error FROM keyvault.requests WHERE id = '$another'"), qr/^KV004: .*: Expected key id [0-9a-f]{32}, loaded [0-9a-f]{32} from/,
+		'and the error says which was expected');
 	return;
 }
 
