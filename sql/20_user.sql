@@ -113,6 +113,7 @@ CREATE TABLE keyvault.users (
     status_reason text,
     erased_at  timestamptz,
     erased_master_key integer,
+    boxed      boolean NOT NULL DEFAULT false,
     boxes_destroyed_at timestamptz
 );
 COMMENT ON TABLE keyvault.users IS 'Who owns keys and credits: a person or an organization, named by the application.';
@@ -121,6 +122,7 @@ COMMENT ON COLUMN keyvault.users.status IS 'active; suspended: no calls and no n
 COMMENT ON COLUMN keyvault.users.monthly_credits IS 'Credits per period agreed with this user; NULL: the plan''s. Set by set_plan.';
 COMMENT ON COLUMN keyvault.users.status_reason IS 'Why the user was suspended or erased, as the caller said.';
 COMMENT ON COLUMN keyvault.users.erased_master_key IS 'The newest version of the master key that wrapped a data key of an erased user; NULL when there was none.';
+COMMENT ON COLUMN keyvault.users.boxed IS 'Whether a key of the user''s was ever stored as a sealed box, of which backups may have a copy.';
 COMMENT ON COLUMN keyvault.users.boxes_destroyed_at IS 'Since when nothing in this database opens a sealed box of an erased user''s, wherever there is a copy of one.';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.users', '');
 
@@ -285,7 +287,7 @@ BEGIN
            updated_at = now(), erased_at = coalesce(u.erased_at, clock_timestamp()),
            -- Private halves of sealing keys, also those in backups, open with the platform's data key.
            boxes_destroyed_at = CASE WHEN u.status = 'erased' THEN u.boxes_destroyed_at
-                                     WHEN NOT EXISTS (SELECT FROM keyvault.data_keys d WHERE d.user_id = '') THEN now() END,
+                                     WHEN NOT u.boxed THEN clock_timestamp() END,
            erased_master_key = coalesce(u.erased_master_key, (
                SELECT max(m.version) FROM keyvault.data_keys d JOIN keyvault.master_keys m ON m.kek_id = substr(d.wrapped, 9, 16)
                 WHERE d.user_id = $1))

@@ -104,6 +104,7 @@ ALTER TABLE keyvault.users ADD COLUMN monthly_credits numeric(18,6) CHECK (month
 ALTER TABLE keyvault.users ADD COLUMN status_reason text;
 ALTER TABLE keyvault.users ADD COLUMN erased_at timestamptz;
 ALTER TABLE keyvault.users ADD COLUMN erased_master_key integer;
+ALTER TABLE keyvault.users ADD COLUMN boxed boolean NOT NULL DEFAULT false;
 ALTER TABLE keyvault.users ADD COLUMN boxes_destroyed_at timestamptz;
 
 COMMENT ON COLUMN keyvault.users.status IS 'active; suspended: no calls and no new keys; erased: keys and personal data destroyed.';
@@ -113,6 +114,7 @@ COMMENT ON COLUMN keyvault.users.monthly_credits IS 'Credits per period agreed w
 COMMENT ON COLUMN keyvault.users.status_reason IS 'Why the user was suspended or erased, as the caller said.';
 
 COMMENT ON COLUMN keyvault.users.erased_master_key IS 'The newest version of the master key that wrapped a data key of an erased user; NULL when there was none.';
+COMMENT ON COLUMN keyvault.users.boxed IS 'Whether a key of the user''s was ever stored as a sealed box, of which backups may have a copy.';
 COMMENT ON COLUMN keyvault.users.boxes_destroyed_at IS 'Since when nothing in this database opens a sealed box of an erased user''s, wherever there is a copy of one.';
 
 CREATE OR REPLACE FUNCTION keyvault._upsert_user(user_id text, email text, name text, image text, plan text) RETURNS text
@@ -255,7 +257,7 @@ BEGIN
            updated_at = now(), erased_at = coalesce(u.erased_at, clock_timestamp()),
            -- Private halves of sealing keys, also those in backups, open with the platform's data key.
            boxes_destroyed_at = CASE WHEN u.status = 'erased' THEN u.boxes_destroyed_at
-                                     WHEN NOT EXISTS (SELECT FROM keyvault.data_keys d WHERE d.user_id = '') THEN now() END,
+                                     WHEN NOT u.boxed THEN clock_timestamp() END,
            erased_master_key = coalesce(u.erased_master_key, (
                SELECT max(m.version) FROM keyvault.data_keys d JOIN keyvault.master_keys m ON m.kek_id = substr(d.wrapped, 9, 16)
                 WHERE d.user_id = $1))

@@ -79,15 +79,20 @@ notice_duplicate(const KvNewKey *key, const pg_uuid_t *id, bytea *fingerprint)
 						SPI_getvalue(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 2))));
 }
 
+/* Make a user that may be made, and keep him as he is. Where this process may not open keys, note that he has had a box. */
 static void
 ensure_user(const char *user_id, bool may_create)
 {
+	static KvStatement note = {"UPDATE keyvault.users SET boxed = true WHERE user_id = $1 AND NOT boxed", 1, {TEXTOID}};
 	static KvStatement ensure = {"SELECT keyvault._ensure_user($1, $2)", 2, {TEXTOID, BOOLOID}};
 	Datum		values[2] = {CStringGetTextDatum(user_id), BoolGetDatum(may_create)};
 
 	if (*user_id == '\0')
 		return;
 	kv_statement_execute(&ensure, values, NULL);
+	/* Before the shared lock, which two sessions could not both turn into this one. */
+	if (!kv_reveal_may_open())
+		kv_statement_execute(&note, values, NULL);
 	kv_user_lock(user_id, true);
 }
 

@@ -161,7 +161,10 @@ DELETE FROM keyvault.usage_records WHERE user_id = 'rot_a';
 
 -- An erased user's sealed boxes, wherever a copy is, open with a sealing key, and that with the platform's data key.
 SELECT keyvault.sealing_key() ->> 'format' AS format;
-SELECT keyvault.upsert_user('rot_boxed'), keyvault.erase_user('rot_boxed');
+SELECT keyvault.upsert_user('rot_boxed'), keyvault.upsert_user('rot_unboxed');
+UPDATE keyvault.users SET boxed = true WHERE user_id = 'rot_boxed';
+SELECT keyvault.erase_user('rot_boxed'), keyvault.erase_user('rot_unboxed');
+SELECT master_key_version, boxes_destroyed_at >= erased_at AS none_ever FROM keyvault.erasure_status WHERE user_id = 'rot_unboxed';
 SELECT e.master_key_version = m.version AS master_key, e.master_key_retired_at, e.boxes_destroyed_at
   FROM keyvault.erasure_status e, keyvault.master_keys m WHERE m.status = 'primary' AND e.user_id = 'rot_boxed';
 SELECT keyvault.rotate_data_key('') > 0 AS rotated;
