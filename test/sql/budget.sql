@@ -50,6 +50,20 @@ UPDATE keyvault.credit_budgets SET window_start = window_start - CASE per WHEN '
 INSERT INTO keyvault.usage_records (user_id, model, credits) VALUES ('bu_r', 'gpt-5', 1);
 TABLE pg_temp.unsound;
 
+-- A use of no credits is not refused where no credits are left, but by a budget.
+BEGIN;
+\set ON_ERROR_ROLLBACK on
+SELECT keyvault.upsert_user('bu_z', plan => 'pro') IS NOT NULL AS made;
+INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('bu_z', 2000);
+SELECT keyvault.set_plan('bu_z', 'free'), keyvault.set_budget('bu_z', 1, unit => 'usd') IS NOT NULL AS made, keyvault.reserve_credits(0, user_id => 'bu_z') IS NOT NULL AS held;
+UPDATE keyvault.credit_balances SET monthly_credits = 500, credits_covered = 0 WHERE user_id = 'bu_z';
+INSERT INTO keyvault.usage_records (user_id, payer, credits, cost_usd) VALUES ('bu_z', 'user', 0, 0.75);
+INSERT INTO keyvault.usage_records (user_id, payer, credits, cost_usd) VALUES ('bu_z', 'user', 0, 0.75);
+INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('bu_z', 0.000001);
+SELECT spent::float FROM keyvault.budget_status WHERE user_id = 'bu_z';
+\set ON_ERROR_ROLLBACK off
+ROLLBACK;
+
 -- The next day and month: what comes for the one before, and what came for this one already, have their places.
 UPDATE keyvault.credit_budgets SET window_start = window_start - CASE per WHEN 'day' THEN interval '1 day' ELSE interval '1 month' END WHERE user_id = 'bu_a';
 TABLE pg_temp.unsound;
