@@ -381,6 +381,17 @@ SKIP:
 # Redaction works inside of error reporting, where a mistake would take the server down.
 is(() = slurp_file($node->data_dir . '/log/server.log') =~ /\(PID \d+\) (?:was terminated by signal|wurde von Signal)/g,
 	2 * ($german ? 3 : 2), 'no process has crashed but those that were killed');
+
+# The names of the memory of plans, which the server prints when memory is short, where a message of the protocol makes the plan.
+foreach my $protocol (qw(extended prepared))
+{
+	my ($code, $out, $err) = run_pgbench($node, [ '-M', $protocol, '-t', '2' ], [ 1, <<'SQL' ]);
+SELECT keyvault.store_api_key('exa', 'tap-literal-in-a-plan', user_id => 'plan');
+SELECT 1 / (count(*) = 0)::int FROM pg_backend_memory_contexts WHERE ident ~ 'literal-in-a-pla[n]';
+SELECT 1 / (count(*) > 0)::int FROM pg_backend_memory_contexts WHERE ident ~ 'withheld by keyvaul[t]';
+SQL
+	is($code, 0, "$protocol protocol: no key in the names of a session's memory") or diag($err);
+}
 $node->stop;
 
 done_testing();
