@@ -111,6 +111,12 @@ is(state_of($node, "SELECT keyvault.store_platform_key('exa', 'platforms-own-key
 {
 	my $erasure = "FROM keyvault.erasure_status WHERE user_id = 'forgotten'";
 	is($node->safe_psql('postgres', "SELECT master_key_version, master_key_retired_at IS NULL, boxes_destroyed_at IS NULL $erasure"), '2|t|t', 'an erasure that is not complete');
+	my $storing = $node->background_psql('postgres');
+	$storing->query_safe("BEGIN; SELECT keyvault.store_api_key('openai', 'sk-stored-meanwhile-0123456789', user_id => 'meanwhile')");
+	is($node->safe_psql('postgres', 'SELECT keyvault.retire_sealing_keys()'), '0', 'a key that a box is just being sealed to stays');
+	$storing->query_safe('COMMIT');
+	$storing->quit;
+	ok(wait_until(sub { row_of('meanwhile') =~ /^\\x4b\|t/ }), 'and the worker opens that box');
 	cmp_ok($node->safe_psql('postgres', 'SELECT keyvault.retire_sealing_keys()'), '>', 0, 'sealing keys are deleted early');
 	$node->safe_psql('postgres', "SELECT keyvault.rotate_data_key('')");
 	ok(wait_until(sub { $node->safe_psql('postgres', "SELECT boxes_destroyed_at IS NOT NULL $erasure") eq 't' }), 'then the worker rotates what sealed them');
