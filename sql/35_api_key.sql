@@ -92,6 +92,7 @@ CREATE TABLE keyvault.key_replacements (
     box        bytea CHECK (octet_length(box) BETWEEN 100 AND 8192),
     problem    text,
     created_at timestamptz NOT NULL DEFAULT now(),
+    expires_at timestamptz,
     PRIMARY KEY (user_id, id),
     FOREIGN KEY (user_id, id) REFERENCES keyvault.api_keys ON UPDATE CASCADE ON DELETE CASCADE,
     CHECK ((box IS NULL) = (status = 'refused'))
@@ -103,6 +104,7 @@ COMMENT ON COLUMN keyvault.key_replacements.status IS 'waiting: for the worker t
 COMMENT ON COLUMN keyvault.key_replacements.box IS 'Sealed box: see "Formats" in doc/keyvault.md.';
 COMMENT ON COLUMN keyvault.key_replacements.problem IS 'Why the box was refused, or is not yet a record.';
 COMMENT ON COLUMN keyvault.key_replacements.created_at IS 'When the box was stored.';
+COMMENT ON COLUMN keyvault.key_replacements.expires_at IS 'When the key in the box is to expire; NULL for never.';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.key_replacements', '');
 
 ALTER TABLE keyvault.vault ENABLE ROW LEVEL SECURITY;

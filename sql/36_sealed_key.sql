@@ -96,8 +96,8 @@ CREATE FUNCTION keyvault.sealing_key() RETURNS jsonb
 COMMENT ON FUNCTION keyvault.sealing_key() IS
     'The public key to which a client seals API keys, and what else that takes, bytes in base64: public_key (a point on P-256) and the same as jwk, key_id, associated_data (its beginning), vault_id, accepted_until. Format: "Sealed box" in doc/keyvault.md. Makes the key at first use and when it is older than keyvault.sealing_key_lifetime. Errors: KV004, 25006 there is none yet and the transaction is READ ONLY.';
 
-CREATE FUNCTION keyvault.store_sealed_api_key(provider text, sealed bytea, name text = 'default', user_id text = NULL) RETURNS uuid
+CREATE FUNCTION keyvault.store_sealed_api_key(provider text, sealed bytea, name text = 'default', user_id text = NULL, expires_at timestamptz = NULL) RETURNS uuid
     LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'keyvault_store_sealed_api_key';
-COMMENT ON FUNCTION keyvault.store_sealed_api_key(text, bytea, text, text) IS
+COMMENT ON FUNCTION keyvault.store_sealed_api_key(text, bytea, text, text, timestamptz) IS
     'Keeps a key that a client sealed to sealing_key() for this user and provider; returns its id. A box is taken once. With keyvault.reveal off the worker opens it, and a key that it is to replace goes on until then: see api_key_status. Errors: KV004, KV005 it does not open, was sealed for another user or provider, or was stored before, KV009 malformed key, 22004, 22023, 40001, 42501 as store_api_key.';

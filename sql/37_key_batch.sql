@@ -1,9 +1,9 @@
 -- Many keys at once: taken in, exported for recovery, restored.
 
-CREATE FUNCTION keyvault.store_api_keys(keys jsonb, user_id text = NULL) RETURNS TABLE (provider text, id uuid)
+CREATE FUNCTION keyvault.store_api_keys(keys jsonb, user_id text = NULL, expires_at timestamptz = NULL) RETURNS TABLE (provider text, id uuid)
     LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'keyvault_store_api_keys';
-COMMENT ON FUNCTION keyvault.store_api_keys(jsonb, text) IS
+COMMENT ON FUNCTION keyvault.store_api_keys(jsonb, text, timestamptz) IS
     'Encrypts and keeps a user''s keys {"provider": "key", ...} under the name ''default'', all or none; returns their ids. Pass the keys as a bind parameter. Errors: as store_api_key, KV009 naming the provider; 22023 keys is not such an object.';
 
 CREATE FUNCTION keyvault.export_recovery_bundle(public_key text, user_ids text[] = NULL) RETURNS bytea

@@ -2427,6 +2427,7 @@ CREATE TABLE keyvault.key_replacements (
     box        bytea CHECK (octet_length(box) BETWEEN 100 AND 8192),
     problem    text,
     created_at timestamptz NOT NULL DEFAULT now(),
+    expires_at timestamptz,
     PRIMARY KEY (user_id, id),
     FOREIGN KEY (user_id, id) REFERENCES keyvault.api_keys ON UPDATE CASCADE ON DELETE CASCADE,
     CHECK ((box IS NULL) = (status = 'refused'))
@@ -2439,6 +2440,7 @@ COMMENT ON COLUMN keyvault.key_replacements.status IS 'waiting: for the worker t
 COMMENT ON COLUMN keyvault.key_replacements.box IS 'Sealed box: see "Formats" in doc/keyvault.md.';
 COMMENT ON COLUMN keyvault.key_replacements.problem IS 'Why the box was refused, or is not yet a record.';
 COMMENT ON COLUMN keyvault.key_replacements.created_at IS 'When the box was stored.';
+COMMENT ON COLUMN keyvault.key_replacements.expires_at IS 'When the key in the box is to expire; NULL for never.';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.key_replacements', '');
 
 ALTER TABLE keyvault.key_replacements ENABLE ROW LEVEL SECURITY;
@@ -2612,12 +2614,12 @@ REVOKE ALL ON FUNCTION keyvault.sealing_key() FROM PUBLIC;
 COMMENT ON FUNCTION keyvault.sealing_key() IS
     'The public key to which a client seals API keys, and what else that takes, bytes in base64: public_key (a point on P-256) and the same as jwk, key_id, associated_data (its beginning), vault_id, accepted_until. Format: "Sealed box" in doc/keyvault.md. Makes the key at first use and when it is older than keyvault.sealing_key_lifetime. Errors: KV004, 25006 there is none yet and the transaction is READ ONLY.';
 
-CREATE FUNCTION keyvault.store_sealed_api_key(provider text, sealed bytea, name text = 'default', user_id text = NULL) RETURNS uuid
+CREATE FUNCTION keyvault.store_sealed_api_key(provider text, sealed bytea, name text = 'default', user_id text = NULL, expires_at timestamptz = NULL) RETURNS uuid
     LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'keyvault_store_sealed_api_key';
-REVOKE ALL ON FUNCTION keyvault.store_sealed_api_key(provider text, sealed bytea, name text, user_id text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION keyvault.store_sealed_api_key(provider text, sealed bytea, name text, user_id text, expires_at timestamp with time zone) FROM PUBLIC;
 
-COMMENT ON FUNCTION keyvault.store_sealed_api_key(text, bytea, text, text) IS
+COMMENT ON FUNCTION keyvault.store_sealed_api_key(text, bytea, text, text, timestamptz) IS
     'Keeps a key that a client sealed to sealing_key() for this user and provider; returns its id. A box is taken once. With keyvault.reveal off the worker opens it, and a key that it is to replace goes on until then: see api_key_status. Errors: KV004, KV005 it does not open, was sealed for another user or provider, or was stored before, KV009 malformed key, 22004, 22023, 40001, 42501 as store_api_key.';
 
 -- Development mode: keys of a .env file.
@@ -2632,12 +2634,12 @@ COMMENT ON FUNCTION keyvault._env_file_has_key(text) IS
 
 -- Many keys at once: taken in, exported for recovery, restored.
 
-CREATE FUNCTION keyvault.store_api_keys(keys jsonb, user_id text = NULL) RETURNS TABLE (provider text, id uuid)
+CREATE FUNCTION keyvault.store_api_keys(keys jsonb, user_id text = NULL, expires_at timestamptz = NULL) RETURNS TABLE (provider text, id uuid)
     LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'keyvault_store_api_keys';
-REVOKE ALL ON FUNCTION keyvault.store_api_keys(keys jsonb, user_id text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION keyvault.store_api_keys(keys jsonb, user_id text, expires_at timestamp with time zone) FROM PUBLIC;
 
-COMMENT ON FUNCTION keyvault.store_api_keys(jsonb, text) IS
+COMMENT ON FUNCTION keyvault.store_api_keys(jsonb, text, timestamptz) IS
     'Encrypts and keeps a user''s keys {"provider": "key", ...} under the name ''default'', all or none; returns their ids. Pass the keys as a bind parameter. Errors: as store_api_key, KV009 naming the provider; 22023 keys is not such an object.';
 
 CREATE FUNCTION keyvault.export_recovery_bundle(public_key text, user_ids text[] = NULL) RETURNS bytea

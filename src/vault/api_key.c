@@ -89,6 +89,19 @@ kv_api_key_name(FunctionCallInfo fcinfo, int argument)
 	return name;
 }
 
+/* Set when a key expires; NULL is never. Error: 22023. */
+void
+kv_api_key_set_end(KvNewKey *key, FunctionCallInfo fcinfo, int argument)
+{
+	key->expires = !PG_ARGISNULL(argument);
+	key->expires_at = key->expires ? PG_GETARG_TIMESTAMPTZ(argument) : 0;
+	if (key->expires && key->expires_at <= GetCurrentTimestamp())
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("expires_at must be in the future"),
+				 errhint("Leave it out for a key that does not expire.")));
+}
+
 /*
  * Keep a key whose shape was checked: in its row and, in development mode, in the .env
  * file. False, with a notice, when without a master key the file alone has it. Call
@@ -139,14 +152,8 @@ keyvault_store_api_key(PG_FUNCTION_ARGS)
 	key.secret = required_secret(fcinfo, 1);
 	key.name = kv_api_key_name(fcinfo, 2);
 	key.user_id = kv_identity_resolve(fcinfo, 3);
-	key.expires = !PG_ARGISNULL(4);
-	key.expires_at = key.expires ? PG_GETARG_TIMESTAMPTZ(4) : 0;
 	key.may_create_user = kv_identity_acts_for_any_user();
-	if (key.expires && key.expires_at <= GetCurrentTimestamp())
-		ereport(ERROR,
-				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-				 errmsg("expires_at must be in the future"),
-				 errhint("Leave it out for a key that does not expire.")));
+	kv_api_key_set_end(&key, fcinfo, 4);
 	id = store(&key);
 	if (id == NULL)
 		PG_RETURN_NULL();

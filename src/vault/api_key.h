@@ -14,5 +14,6 @@
 extern bool kv_api_key_keep(const KvNewKey *key, pg_uuid_t *id);
 extern void kv_api_key_require_provider(const char *provider);
 extern char *kv_api_key_name(FunctionCallInfo fcinfo, int argument);
+extern void kv_api_key_set_end(KvNewKey *key, FunctionCallInfo fcinfo, int argument);
 
 #endif

@@ -99,6 +99,7 @@ keyvault_store_api_keys(PG_FUNCTION_ARGS)
 		raise_not_keys("keys is not an object");
 	key.user_id = kv_identity_resolve(fcinfo, 1);
 	key.may_create_user = kv_identity_acts_for_any_user();
+	kv_api_key_set_end(&key, fcinfo, 2);
 	InitMaterializedSRF(fcinfo, 0);
 
 	kv_owner_begin(&scope);

@@ -171,13 +171,15 @@ write_beside(const KvNewKey *key, const pg_uuid_t *id)
 {
 	static KvStatement upsert = {
 		"WITH present AS (UPDATE keyvault.api_keys SET updated_at = now() WHERE user_id = $1 AND id = $2 RETURNING user_id, id)"
-		" INSERT INTO keyvault.key_replacements AS r (user_id, id, box) SELECT user_id, id, $3 FROM present"
-		" ON CONFLICT (user_id, id) DO UPDATE SET box = EXCLUDED.box, status = 'waiting', problem = NULL, created_at = now()",
-		3, {TEXTOID, UUIDOID, BYTEAOID}
+		" INSERT INTO keyvault.key_replacements AS r (user_id, id, box, expires_at) SELECT user_id, id, $3, $4 FROM present"
+		" ON CONFLICT (user_id, id) DO UPDATE SET box = EXCLUDED.box, expires_at = EXCLUDED.expires_at, status = 'waiting', problem = NULL, created_at = now()",
+		4, {TEXTOID, UUIDOID, BYTEAOID, TIMESTAMPTZOID}
 	};
-	Datum		values[3] = {CStringGetTextDatum(key->user_id), UUIDPGetDatum(id), PointerGetDatum(key->box)};
+	Datum		values[4] = {
+		CStringGetTextDatum(key->user_id), UUIDPGetDatum(id), PointerGetDatum(key->box), TimestampTzGetDatum(key->expires_at),
+	};
 
-	kv_statement_execute(&upsert, values, NULL);
+	kv_statement_execute(&upsert, values, key->expires ? NULL : "   n");
 }
 
 /* Have the key of a box stay until the transaction ends, so that whoever deletes retired ones sees the box. */

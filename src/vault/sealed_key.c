@@ -142,6 +142,7 @@ keyvault_store_sealed_api_key(PG_FUNCTION_ARGS)
 	key.name = kv_api_key_name(fcinfo, 2);
 	key.user_id = kv_identity_resolve(fcinfo, 3);
 	key.may_create_user = kv_identity_acts_for_any_user();
+	kv_api_key_set_end(&key, fcinfo, 4);
 
 	kv_owner_begin(&scope);
 	kv_api_key_require_provider(key.provider);
@@ -171,7 +172,7 @@ static BoxKind kinds[] = {
 	{
 		true,
 		/* The key's row comes first, as with who stores or deletes one. */
-		{"SELECT k.user_id, k.id, k.provider, r.box, false, k.name"
+		{"SELECT k.user_id, k.id, k.provider, r.box, false, k.name, r.expires_at"
 			" FROM keyvault.key_replacements r JOIN keyvault.api_keys k ON k.user_id = r.user_id AND k.id = r.id"
 			" WHERE r.status = 'waiting' AND (r.user_id, r.id) > ($2, $3) AND ($4 OR r.problem IS NULL)"
 			" ORDER BY r.user_id, r.id LIMIT $1 FOR UPDATE OF k, r SKIP LOCKED", 4, {INT4OID, TEXTOID, UUIDOID, BOOLOID}},
@@ -181,7 +182,7 @@ static BoxKind kinds[] = {
 	{
 		false,
 		/* The SQL of version 0.1.0 has no column problem, and no boxes. */
-		{"SELECT k.user_id, k.id, k.provider, k.ciphertext, k.source = 'reference', k.name FROM keyvault.api_keys k"
+		{"SELECT k.user_id, k.id, k.provider, k.ciphertext, k.source = 'reference', k.name, k.expires_at FROM keyvault.api_keys k"
 			" WHERE k.fingerprint IS NULL AND (k.user_id, k.id) > ($2, $3)"
 			" AND (to_jsonb(k) ->> 'problem' IS NULL OR $4 AND k.status = 'active')"
 			" ORDER BY k.user_id, k.id LIMIT $1 FOR UPDATE SKIP LOCKED", 4, {INT4OID, TEXTOID, UUIDOID, BOOLOID}},
@@ -226,6 +227,8 @@ convert_box(void *arg)
 		.name = TextDatumGetCString(SPI_getbinval(box->row, box->tupdesc, 6, &isnull)),
 	};
 
+	key.expires_at = DatumGetTimestampTz(SPI_getbinval(box->row, box->tupdesc, 7, &isnull));
+	key.expires = !isnull;
 	key.secret = kv_key_row_open_box(key.user_id, key.provider, key.box);
 	if (key.secret == NULL)
 		problem = "It was altered, or sealed for another user, provider or vault.";

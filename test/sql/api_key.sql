@@ -200,3 +200,7 @@ SELECT * FROM keyvault.store_api_keys('{"openay": "sk-regress-batch-key", "anthr
 SELECT keyvault.store_api_key('exa', 'regress-key-with-an-end', user_id => 'ends', expires_at => now() + interval '1 day') IS NOT NULL AS stored;
 SELECT provider FROM keyvault.store_api_keys('{"exa": "regress-key-with-an-end"}', 'ends');
 SELECT expires_at FROM keyvault.api_keys WHERE user_id = 'ends';
+SELECT provider FROM keyvault.store_api_keys('{"exa": "regress-key-with-an-end", "cohere": "regress-key-with-an-end"}', 'ends', '2999-01-01 00:00+00');
+SELECT count(*) FROM keyvault.api_keys WHERE user_id = 'ends' AND expires_at = '2999-01-01 00:00+00';
+SELECT provider FROM keyvault.store_api_keys('{"exa": "regress-key-with-an-end"}', 'ends', now());
+SELECT keyvault.store_sealed_api_key('exa', sha256('') || sha256('') || sha256('') || sha256(''), user_id => 'ends', expires_at => now());

@@ -87,6 +87,16 @@ is(store_box('good', boxed('good', 'sk-next-0123456789-next')), '', 'a good box'
 becomes('good', "active|sk-${dots}next||", 'takes its place, and the problem is gone');
 is(called_with('good', 'the next one'), 'sk-next-0123456789-next', 'and is called with');
 is(sql("SELECT count(*), count(DISTINCT id) FROM keyvault.api_keys WHERE user_id = 'good'"), '1|1', 'in the same row');
+foreach my $user (qw(good ends))
+{
+	my $box = boxed($user, 'sk-ends-0123456789-ends');
+	sql("SELECT keyvault.store_sealed_api_key('openai', '\\x$box', user_id => '$user', expires_at => '2999-01-01 00:00+00')");
+	becomes($user, "active|sk-${dots}ends||", "$user: a box of a key with an end");
+	is(sql("SELECT expires_at = '2999-01-01 00:00+00' FROM keyvault.api_keys WHERE user_id = '$user'"), 't', "$user: keeps it");
+}
+is(store_box('good', boxed('good', 'sk-last-0123456789-last')), '', 'a box of one without');
+becomes('good', "active|sk-${dots}last||", 'takes its place');
+is(sql("SELECT expires_at IS NULL FROM keyvault.api_keys WHERE user_id = 'good'"), 't', 'and has none');
 
 # Without the worker: what waits, and what no box may undo.
 my %box;
