@@ -10,6 +10,7 @@
 #include "credit/amount.h"
 
 #include "base/error.h"
+#include "base/pg_version.h"
 #include "utils/builtins.h"
 #include "utils/memutils.h"
 
