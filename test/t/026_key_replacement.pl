@@ -7,7 +7,7 @@ use Test::More;
 use Keyvault;
 
 my $port = start_mock();
-my $node = new_node('replacement', conf => "keyvault.reveal = off\nautovacuum = off\nkeyvault.max_attempts = 1\n");
+my $node = new_node('replacement', conf => "keyvault.reveal = off\nautovacuum = off\nkeyvault.max_attempts = 1\nkeyvault.worker_idle_timeout = 1h\n");
 use_mock($node, $port);
 
 sub sql { return $node->safe_psql('postgres', @_) }
@@ -162,7 +162,8 @@ is(called_with('expired', 'the one after an expired one'), 'sk-box-0123456789-bo
 sql('SELECT keyvault._forget_sealing_keys()');
 is(sql('SELECT count(*) FROM keyvault.sealing_keys WHERE retired_at <= now()'), '0', 'the sealing key can go then');
 
-# A box whose key somebody has locked is passed over, and found again by maintenance, though nobody announces that it is free.
+# A box whose key somebody has locked is passed over, and found again by maintenance, though nobody announces that it is free;
+# with reveal on again, when no wake-up is about boxes any more, too.
 my @boxes = map { boxed($_, "sk-box-0123456789-box1") } 'locked', 'unlocked';
 sql("SELECT keyvault.store_api_key('openai', 'sk-key-0123456789-' || u, user_id => u) FROM unnest('{locked,unlocked}'::text[]) u");
 becomes($_, "active|sk-${dots}cked||", "$_: a key") foreach 'locked', 'unlocked';
@@ -172,6 +173,7 @@ my $holder = $node->background_psql('postgres');
 $holder->query_safe('BEGIN');
 $holder->query_safe("SELECT FROM keyvault.api_keys WHERE user_id = 'locked' FOR UPDATE");
 set_config($node, 'keyvault.maintenance_interval', '50ms');
+set_config($node, 'keyvault.reveal', 'on');
 worker_comes();
 becomes('unlocked', "active|sk-${dots}box1||", 'one is opened');
 is(told('locked'), "active|sk-${dots}cked|waiting|", 'beside one that is locked');
@@ -179,6 +181,7 @@ $holder->query_safe('COMMIT');
 $holder->quit;
 becomes('locked', "active|sk-${dots}box1||", 'which is opened when it is not');
 set_config($node, 'keyvault.maintenance_interval', undef);
+set_config($node, 'keyvault.reveal', 'off');
 
 # Where keys can be opened, a box is opened at once, and what waited is forgotten.
 $box{last} = [ map { boxed('last', "sk-box-0123456789-$_") } 'box1', 'box2' ];
