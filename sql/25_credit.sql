@@ -198,7 +198,7 @@ END $$;
 COMMENT ON FUNCTION keyvault._split_balance(text, numeric) IS
     'Lends parts of what a user has left to further slots, so that sessions that debit it at once need not wait for each other''s commit; nothing where the parts would be small beside amount.';
 
-CREATE FUNCTION keyvault._debit_split(user_id text, amount numeric) RETURNS boolean
+CREATE FUNCTION keyvault._debit_split(user_id text, amount numeric, as_hold boolean = false) RETURNS boolean
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
@@ -221,18 +221,20 @@ BEGIN
     balance.notice_at := balance.notice_at + parts;
     PERFORM FROM keyvault.credit_balances b WHERE b.user_id = $1 AND b.slot > 0;
     balance.credits_lent := CASE WHEN FOUND THEN balance.credits_lent - parts ELSE 0 END;
-    IF keyvault._credits_left(balance) < amount OR balance.credits_used + amount > balance.notice_at THEN
+    IF keyvault._credits_left(balance) < amount OR (NOT as_hold AND balance.credits_used + amount > balance.notice_at) THEN
         amount := NULL;
     END IF;
     UPDATE keyvault.credit_balances b
-       SET credits_used = balance.credits_used + coalesce(amount, 0), credits_lent = balance.credits_lent, notice_at = balance.notice_at
+       SET credits_used = balance.credits_used + CASE WHEN as_hold THEN 0 ELSE coalesce(amount, 0) END,
+           credits_held = balance.credits_held + CASE WHEN as_hold THEN coalesce(amount, 0) ELSE 0 END,
+           credits_lent = balance.credits_lent, notice_at = balance.notice_at
      WHERE b.user_id = $1 AND b.slot = 0;
     RETURN amount IS NOT NULL;
 END $$;
-COMMENT ON FUNCTION keyvault._debit_split(text, numeric) IS
-    'Debits slot 0 of a split balance, with the room of the further slots that nobody is changing, which end; false where that does not do. Waits for no further slot, as whoever changes one may be waiting for slot 0.';
+COMMENT ON FUNCTION keyvault._debit_split(text, numeric, boolean) IS
+    'Debits slot 0 of a split balance, or adds to what it holds, with the room of the further slots that nobody is changing, which end; false where that does not do. Waits for no further slot, as whoever changes one may be waiting for slot 0.';
 
--- Everything but the fast debit reads and changes a balance through _lock_balance, and so through _gather_slots.
+-- Everything but the fast debit, and a hold that finds room without, reads and changes a balance through _lock_balance, and so through _gather_slots.
 
 CREATE FUNCTION keyvault._gather_slots(user_id text) RETURNS keyvault.credit_balances
     LANGUAGE plpgsql

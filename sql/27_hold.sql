@@ -61,12 +61,15 @@ DECLARE
     balance keyvault.credit_balances;
     overage boolean;
 BEGIN
-    balance := keyvault._require_credits($1, amount, may_create);
-    IF balance.notice_at < 0 THEN
-        PERFORM keyvault._check_budgets($1, model, issued_key_id, member_id, amount, cost_usd);
+    -- A user with budgets has no split balance.
+    IF NOT keyvault._debit_split($1, amount, true) THEN
+        balance := keyvault._require_credits($1, amount, may_create);
+        IF balance.notice_at < 0 THEN
+            PERFORM keyvault._check_budgets($1, model, issued_key_id, member_id, amount, cost_usd);
+        END IF;
+        UPDATE keyvault.credit_balances b SET credits_held = b.credits_held + amount
+         WHERE b.user_id = $1 AND b.slot = 0;
     END IF;
-    UPDATE keyvault.credit_balances b SET credits_held = b.credits_held + amount
-     WHERE b.user_id = $1 AND b.slot = 0;
     INSERT INTO keyvault.credit_holds (user_id, id, amount, reserved, expires_at, model, cost_usd, issued_key_id, member_id)
     VALUES ($1, hold, amount, amount, expires_at, model, cost_usd, issued_key_id, member_id);
     RETURN hold;

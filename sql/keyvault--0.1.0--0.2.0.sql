@@ -500,7 +500,7 @@ REVOKE ALL ON FUNCTION keyvault._split_balance(user_id text, amount numeric) FRO
 COMMENT ON FUNCTION keyvault._split_balance(text, numeric) IS
     'Lends parts of what a user has left to further slots, so that sessions that debit it at once need not wait for each other''s commit; nothing where the parts would be small beside amount.';
 
-CREATE FUNCTION keyvault._debit_split(user_id text, amount numeric) RETURNS boolean
+CREATE FUNCTION keyvault._debit_split(user_id text, amount numeric, as_hold boolean = false) RETURNS boolean
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
@@ -523,20 +523,22 @@ BEGIN
     balance.notice_at := balance.notice_at + parts;
     PERFORM FROM keyvault.credit_balances b WHERE b.user_id = $1 AND b.slot > 0;
     balance.credits_lent := CASE WHEN FOUND THEN balance.credits_lent - parts ELSE 0 END;
-    IF keyvault._credits_left(balance) < amount OR balance.credits_used + amount > balance.notice_at THEN
+    IF keyvault._credits_left(balance) < amount OR (NOT as_hold AND balance.credits_used + amount > balance.notice_at) THEN
         amount := NULL;
     END IF;
     UPDATE keyvault.credit_balances b
-       SET credits_used = balance.credits_used + coalesce(amount, 0), credits_lent = balance.credits_lent, notice_at = balance.notice_at
+       SET credits_used = balance.credits_used + CASE WHEN as_hold THEN 0 ELSE coalesce(amount, 0) END,
+           credits_held = balance.credits_held + CASE WHEN as_hold THEN coalesce(amount, 0) ELSE 0 END,
+           credits_lent = balance.credits_lent, notice_at = balance.notice_at
      WHERE b.user_id = $1 AND b.slot = 0;
     RETURN amount IS NOT NULL;
 END $$;
-REVOKE ALL ON FUNCTION keyvault._debit_split(user_id text, amount numeric) FROM PUBLIC;
+REVOKE ALL ON FUNCTION keyvault._debit_split(user_id text, amount numeric, as_hold boolean) FROM PUBLIC;
 
-COMMENT ON FUNCTION keyvault._debit_split(text, numeric) IS
-    'Debits slot 0 of a split balance, with the room of the further slots that nobody is changing, which end; false where that does not do. Waits for no further slot, as whoever changes one may be waiting for slot 0.';
+COMMENT ON FUNCTION keyvault._debit_split(text, numeric, boolean) IS
+    'Debits slot 0 of a split balance, or adds to what it holds, with the room of the further slots that nobody is changing, which end; false where that does not do. Waits for no further slot, as whoever changes one may be waiting for slot 0.';
 
--- Everything but the fast debit reads and changes a balance through _lock_balance, and so through _gather_slots.
+-- Everything but the fast debit, and a hold that finds room without, reads and changes a balance through _lock_balance, and so through _gather_slots.
 
 CREATE FUNCTION keyvault._gather_slots(user_id text) RETURNS keyvault.credit_balances
     LANGUAGE plpgsql
@@ -1135,12 +1137,15 @@ DECLARE
     balance keyvault.credit_balances;
     overage boolean;
 BEGIN
-    balance := keyvault._require_credits($1, amount, may_create);
-    IF balance.notice_at < 0 THEN
-        PERFORM keyvault._check_budgets($1, model, issued_key_id, member_id, amount, cost_usd);
+    -- A user with budgets has no split balance.
+    IF NOT keyvault._debit_split($1, amount, true) THEN
+        balance := keyvault._require_credits($1, amount, may_create);
+        IF balance.notice_at < 0 THEN
+            PERFORM keyvault._check_budgets($1, model, issued_key_id, member_id, amount, cost_usd);
+        END IF;
+        UPDATE keyvault.credit_balances b SET credits_held = b.credits_held + amount
+         WHERE b.user_id = $1 AND b.slot = 0;
     END IF;
-    UPDATE keyvault.credit_balances b SET credits_held = b.credits_held + amount
-     WHERE b.user_id = $1 AND b.slot = 0;
     INSERT INTO keyvault.credit_holds (user_id, id, amount, reserved, expires_at, model, cost_usd, issued_key_id, member_id)
     VALUES ($1, hold, amount, amount, expires_at, model, cost_usd, issued_key_id, member_id);
     RETURN hold;
