@@ -76,6 +76,8 @@ VALUES ('victim', '2020-01-01', '', '', 'chat', 'user', 1, 1, 1, 0, 0);
 INSERT INTO keyvault.usage_late (user_id, day, provider, model, type, payer, calls, tokens, credits, credits_overrun, cost_usd)
 VALUES ('victim', '2020-01-01', '', '', 'chat', 'user', 1, 1, 1, 0, 0);
 INSERT INTO keyvault.usage_archived (user_id, partition, calls, credits) VALUES ('victim', 'one', 1, 1);
+INSERT INTO keyvault.key_replacements (user_id, id, status, problem)
+SELECT user_id, id, 'refused', 'as a bad box' FROM keyvault.api_keys WHERE user_id = 'victim' AND provider = 'gemini';
 INSERT INTO keyvault.responses (user_id, id, status, payer) SELECT user_id, id, 'done', payer FROM keyvault.requests WHERE user_id = 'victim'
     ON CONFLICT DO NOTHING;
 SQL
@@ -111,7 +113,7 @@ $node->safe_psql('postgres', "SELECT keyvault.grant_access('mallory', 'analyst')
 foreach my $relation (@relations)
 {
 	my ($seen) = as_mallory("SELECT count(user_id) > 0 FROM $relation WHERE user_id = 'victim';");
-	is($seen, $relation =~ /api_key|request|response/ ? 'f' : 't', "$relation: with access analyst, too");
+	is($seen, $relation =~ /api_key|key_replacement|request|response/ ? 'f' : 't', "$relation: with access analyst, too");
 }
 $node->safe_psql('postgres', "SELECT keyvault.revoke_access('mallory', 'analyst')");
 
