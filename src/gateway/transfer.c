@@ -150,6 +150,8 @@ take_body(char *bytes, size_t size, size_t count, void *arg)
 	}
 	memcpy(transfer->body + transfer->length, bytes, length);
 	transfer->length += length;
+	/* From 8.8 on libcurl keeps its buffer for the transfers that follow. */
+	kv_secret_wipe(bytes, length);
 	return length;
 }
 
