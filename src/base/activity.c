@@ -131,15 +131,23 @@ source_may_show_secret(const char *text)
 static bool keeps_secret_text = false;
 static bool awaits_plan = false;
 
-/* A statement with this source was parsed, or is about to run. */
+/* A statement with this source was parsed. */
 static void
-withhold_plans(const char *text, bool parsed)
+withhold_plans(const char *text)
 {
-	if (!(parsed || keeps_secret_text) || !source_may_show_secret(text))
+	if (!source_may_show_secret(text))
 		return;
 	if (kv_plan_text_withhold(source_may_show_secret))
 		keeps_secret_text = true;
 	awaits_plan = keeps_secret_text;
+}
+
+/* A statement with this source is about to run: if it is of a plan, that may have been made since it was parsed. */
+static void
+withhold_plan_of(PlannedStmt *statement, const char *text)
+{
+	if (keeps_secret_text && source_may_show_secret(text))
+		kv_plan_text_withhold_of(statement, source_may_show_secret);
 }
 
 /* A statement with a syntax error meets no other hook, and no log hook where errors are not logged. */
@@ -157,7 +165,7 @@ static void
 post_parse_analyze(ParseState *pstate, Query *query, JumbleState *jumble)
 {
 	withhold_where_sensitive();
-	withhold_plans(pstate->p_sourcetext, true);
+	withhold_plans(pstate->p_sourcetext);
 	/* Whichever of the two libraries was loaded first: pg_stat_statements passes over what has no id. */
 	if (query->commandType == CMD_UTILITY && source_may_show_secret(pstate->p_sourcetext))
 		query->queryId = UINT64CONST(0);
@@ -169,7 +177,7 @@ static void
 executor_start(QueryDesc *query, int flags)
 {
 	withhold_where_sensitive();
-	withhold_plans(query->sourceText, false);
+	withhold_plan_of(query->plannedstmt, query->sourceText);
 	if (next_executor_start)
 		next_executor_start(query, flags);
 	else
@@ -192,7 +200,7 @@ process_utility(PlannedStmt *statement, const char *text, bool read_only_tree, P
 				QueryCompletion *completion)
 {
 	withhold_where_sensitive();
-	withhold_plans(text, false);
+	withhold_plan_of(statement, text);
 	if (next_process_utility)
 		next_process_utility(statement, text, read_only_tree, context, parameters, environment, receiver, completion);
 	else

@@ -37,6 +37,15 @@ next_context(MemoryContext context)
 	return context->nextchild;
 }
 
+static bool
+withhold(MemoryContext context, bool (*shows_secret) (const char *text))
+{
+	if (!is_plan(context) || !shows_secret(context->ident))
+		return false;
+	MemoryContextSetIdentifier(context, "[withheld by keyvault]");
+	return true;
+}
+
 /* Give the contexts of plans whose text shows a secret another name; true when there were any. Allocates and throws nothing. */
 bool
 kv_plan_text_withhold(bool (*shows_secret) (const char *text))
@@ -44,10 +53,13 @@ kv_plan_text_withhold(bool (*shows_secret) (const char *text))
 	bool		found = false;
 
 	for (MemoryContext context = TopMemoryContext; context != NULL; context = next_context(context))
-		if (is_plan(context) && shows_secret(context->ident))
-		{
-			MemoryContextSetIdentifier(context, "[withheld by keyvault]");
-			found = true;
-		}
+		found |= withhold(context, shows_secret);
 	return found;
+}
+
+/* The same for the one plan that a statement about to run is of. */
+void
+kv_plan_text_withhold_of(PlannedStmt *statement, bool (*shows_secret) (const char *text))
+{
+	(void) withhold(GetMemoryChunkContext(statement), shows_secret);
 }
