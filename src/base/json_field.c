@@ -8,7 +8,6 @@
 
 #include "base/json_field.h"
 
-#include "base/pg_version.h"
 #include "fmgr.h"
 #include "lib/stringinfo.h"
 #include "mb/pg_wchar.h"
@@ -19,22 +18,14 @@
 /* More tokens than any call can use; a larger count is not believed. */
 #define COUNT_MAX INT64CONST(1000000000)
 
-/* jsonb_in, with NULL in place of an error about its input. */
+/*
+ * jsonb_in, with NULL in place of an error about its input. PostgreSQL 16 can be asked for
+ * that, but throws all the same where JSON nests too deep. jsonb_in touches nothing but
+ * memory, so that there is nothing to roll back; other errors than about data go on their way.
+ */
 static Jsonb *
 jsonb_or_null(char *text)
 {
-#if KV_HAS_SOFT_ERRORS
-	ErrorSaveContext escontext = {T_ErrorSaveContext};
-	Datum		json;
-
-	if (!DirectInputFunctionCallSafe(jsonb_in, text, InvalidOid, -1, (Node *) &escontext, &json))
-		return NULL;
-	return DatumGetJsonbP(json);
-#else
-	/*
-	 * PostgreSQL 15 can only throw. jsonb_in touches nothing but memory, so that there is
-	 * nothing to roll back; other errors than about data go on their way.
-	 */
 	MemoryContext context = CurrentMemoryContext;
 	Jsonb	   *volatile json = NULL;
 
@@ -57,7 +48,6 @@ jsonb_or_null(char *text)
 	}
 	PG_END_TRY();
 	return json;
-#endif
 }
 
 /* Append text in UTF-8 with every character beyond ASCII as a JSON escape. */

@@ -38,9 +38,6 @@
 #define KvIndexBeginScan(table, index, snapshot, nkeys) index_beginscan(table, index, snapshot, nkeys, 0)
 #endif
 
-/* From 16 on an input function can report bad input without throwing. */
-#define KV_HAS_SOFT_ERRORS (PG_VERSION_NUM >= 160000)
-
 /* From 16 on what a JSON parser calls can stop it; 17 can fill in a context of the caller's. */
 #if PG_VERSION_NUM >= 160000
 #define KvJsonActionResult JsonParseErrorType

@@ -56,6 +56,7 @@ function send(res, { status, headers, json: whole, directives }, marker) {
   headers['content-type'] = JSON_TYPE;
 
   let json = directives.garbage ? '<!doctype html><title>not JSON</title>' : whole;
+  if (directives.deep) json = '['.repeat(200_000);
   if (directives.bignum) json = `${json.slice(0, -1)},"bignum":1e999999}`;
   if (directives.huge !== undefined) {
     sendPadded(res, status, headers, json, directives.huge);

@@ -347,7 +347,7 @@ test('cut closes in the middle of the body', async () => {
   await assert.rejects(chat('[[mock: cut]]'), { code: 'ECONNRESET' });
 });
 
-test('garbage, nul, badutf8 and bignum', async () => {
+test('garbage, nul, badutf8, bignum and deep', async () => {
   const garbage = await chat('[[mock: garbage]]');
   assert.equal(garbage.status, 200);
   assert.throws(garbage.json);
@@ -363,6 +363,9 @@ test('garbage, nul, badutf8 and bignum', async () => {
   const big = await chat('[[mock: bignum]]');
   assert.match(big.text, /"bignum":1e999999\}$/);
   assert.equal(big.json().bignum, Infinity);
+
+  const deep = await chat('[[mock: deep]]');
+  assert.match(deep.text, /^\[{200000}$/);
 });
 
 test('huge is a whole answer of exactly that many bytes, chunked', async () => {

@@ -152,7 +152,8 @@ is(answer('openai', chat('[[mock: status=400]]'))->{status_code}, 400, 'an error
 # What a hostile or broken answer can do: nothing but fail, or cost the estimate.
 foreach my $case (
 	[ 'garbage', 'failed', qr/something else than JSON/ ], [ 'nul', 'failed', qr/something else than JSON/ ],
-	[ 'badutf8', 'failed', qr/something else than JSON/ ], [ 'huge=5000000', 'failed', qr/larger than keyvault.max_response_size/ ],
+	[ 'badutf8', 'failed', qr/something else than JSON/ ], [ 'deep', 'failed', qr/something else than JSON/ ],
+	[ 'huge=5000000', 'failed', qr/larger than keyvault.max_response_size/ ],
 	[ 'redirect=http://127.0.0.1:1/', 'failed', qr/HTTP status 302/ ], [ 'cut', 'unknown', qr/openai: / ])
 {
 	my ($directive, $status, $error) = @$case;
