@@ -115,6 +115,14 @@ typedef struct Bytes
 	Size		length;
 } Bytes;
 
+static void
+forget_key(EVP_MAC_CTX *context)
+{
+	static const uint8 zeros[KV_MAC_SIZE] = {0};
+
+	(void) EVP_MAC_init(context, zeros, sizeof(zeros), NULL);
+}
+
 /* HMAC of pieces, under the context's last key if none is given: that takes half of the time. */
 static void
 compute_hmac(EVP_MAC_CTX *context, Bytes key, const Bytes *pieces, int n, uint8 *mac)
@@ -125,15 +133,10 @@ compute_hmac(EVP_MAC_CTX *context, Bytes key, const Bytes *pieces, int n, uint8 
 	for (int i = 0; computed && i < n; i++)
 		computed = pieces[i].length == 0 || EVP_MAC_update(context, pieces[i].bytes, pieces[i].length) == 1;
 	if (!computed || EVP_MAC_final(context, mac, &size, KV_MAC_SIZE) != 1)
+	{
+		forget_key(context);
 		kv_openssl_error_raise("message authentication");
-}
-
-static void
-forget_key(void)
-{
-	static const uint8 zeros[KV_MAC_SIZE] = {0};
-
-	(void) EVP_MAC_init(fetched_hmac(&keyed), zeros, sizeof(zeros), NULL);
+	}
 }
 
 /* HMAC of a secret under a salt. Records of a week have one salt: it is mostly the last one. */
@@ -143,13 +146,14 @@ extract(Bytes salt, Bytes secret, uint8 *extracted)
 	static uint8 last[KV_MAC_SIZE];
 	static Size last_length = 0;
 	EVP_MAC_CTX *context = fetched_hmac(&salted);
+	bool		is_last = salt.length == last_length && memcmp(salt.bytes, last, last_length) == 0;
 
-	if (salt.length == last_length && memcmp(salt.bytes, last, last_length) == 0)
-		salt = (Bytes) {NULL, 0};
-	else
-		last_length = 0;
-	compute_hmac(context, salt, &secret, 1, extracted);
-	if (salt.length > 0 && salt.length <= sizeof(last))
+	last_length = 0;
+	compute_hmac(context, is_last ? (Bytes) {NULL, 0} : salt, &secret, 1, extracted);
+	/* What was computed stands in the context until it begins anew. */
+	if (EVP_MAC_init(context, NULL, 0, NULL) != 1)
+		forget_key(context);
+	else if (salt.length <= sizeof(last))
 	{
 		memcpy(last, salt.bytes, salt.length);
 		last_length = salt.length;
@@ -184,7 +188,7 @@ kv_hkdf_sha256(const uint8 *key, Size key_length, const uint8 *salt, Size salt_l
 		previous = (Bytes) {out + done, KV_MAC_SIZE};
 	}
 	OPENSSL_cleanse(extracted, sizeof(extracted));
-	forget_key();
+	forget_key(keyed);
 }
 
 /* Compute KV_MAC_SIZE bytes that only a holder of the key can. */
@@ -194,7 +198,7 @@ kv_hmac_sha256(const uint8 *key, Size key_length, const uint8 *message, Size len
 	Bytes		piece = {message, length};
 
 	compute_hmac(fetched_hmac(&keyed), (Bytes) {key, key_length}, &piece, 1, mac);
-	forget_key();
+	forget_key(keyed);
 }
 
 /* Compare in a time that does not depend on the contents. */

@@ -64,7 +64,7 @@ SQL
 	my $data_key = pack 'H*', JSON::PP::decode_json($out)->[0];
 	my $record = pack 'H*', $node->safe_psql('postgres', "SELECT encode(ciphertext, 'hex') FROM keyvault.api_keys WHERE user_id = 'u'");
 	my $extracted = hmac_sha256($data_key, substr $record, 24, 16);
-	return ('data key' => $data_key, 'record key' => hmac_sha256('keyvault/v1/record' . substr($record, 2, 1) . substr($record, 8, 16) . "\1", $extracted));
+	return ('data key' => $data_key, 'extracted key' => $extracted, 'state of its hash' => pack('V8', unpack 'N8', $extracted), 'record key' => hmac_sha256('keyvault/v1/record' . substr($record, 2, 1) . substr($record, 8, 16) . "\1", $extracted));
 }
 
 # Which of the keys are in the memory of a session.
