@@ -204,6 +204,22 @@ kv_sealing_key_is_accepted(const bytea *box)
 	return accepted;
 }
 
+/* Have the key of a box stay until the transaction ends, so that whoever deletes retired ones sees the box. Error: 40001 when it is gone. */
+void
+kv_sealing_key_hold(const bytea *box)
+{
+	static KvStatement hold = {
+		"SELECT FROM keyvault.sealing_keys WHERE key_id = substr($1, 2, 4) FOR KEY SHARE", 1, {BYTEAOID}
+	};
+	Datum		value = PointerGetDatum(box);
+
+	if (kv_statement_execute(&hold, &value, NULL) == 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
+				 errmsg("the key that this one is sealed to has just been replaced"),
+				 errhint("Retry the transaction; seal a key of keyvault.store_sealed_api_key() to keyvault.sealing_key() again.")));
+}
+
 /*
  * Open a box that looks right. Returns the secret, NUL-terminated, in secret memory; NULL
  * when it does not open, or its key is gone. Errors: KV004, KV005.

@@ -14,6 +14,7 @@ extern bool kv_sealing_key_newest(KvBoxKey *key);
 extern void kv_sealing_key_make(void);
 extern void kv_sealing_key_ensure(KvBoxKey *key);
 extern bool kv_sealing_key_is_accepted(const bytea *box);
+extern void kv_sealing_key_hold(const bytea *box);
 extern char *kv_sealing_key_open_box(const char *label, const char *user_id, const char *context, const bytea *box, Size *length);
 
 #endif

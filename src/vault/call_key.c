@@ -130,6 +130,7 @@ kv_call_key_seal(const char *user_id, const pg_uuid_t *request_id, const char *k
 	kv_vault_id_get(&binding.vault_id);
 	kv_owner_fresh_snapshot_end();
 	sealed = kv_sealed_box_seal(&box_key, &binding, VARDATA(sealed), VARSIZE(sealed) - VARHDRSZ);
+	kv_sealing_key_hold(sealed);
 	return with_kind(IN_BOX, VARDATA(sealed), VARSIZE(sealed) - VARHDRSZ);
 }
 

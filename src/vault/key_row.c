@@ -182,20 +182,25 @@ write_beside(const KvNewKey *key, const pg_uuid_t *id)
 	kv_statement_execute(&upsert, values, key->expires ? NULL : "   n");
 }
 
-/* Have the key of a box stay until the transaction ends, so that whoever deletes retired ones sees the box. */
+/*
+ * Write a row with a box, or have a client's wait beside the key that is there. Sets the row's id: looked for again when
+ * another transaction has stored the first key of that name since.
+ */
 static void
-hold_sealing_key(bytea *box)
+write_row_or_beside(const KvNewKey *key, pg_uuid_t *id, bytea *box)
 {
-	static KvStatement hold = {
-		"SELECT FROM keyvault.sealing_keys WHERE key_id = substr($1, 2, 4) FOR KEY SHARE", 1, {BYTEAOID}
-	};
-	Datum		value = PointerGetDatum(box);
-
-	if (kv_statement_execute(&hold, &value, NULL) == 0)
-		ereport(ERROR,
-				(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
-				 errmsg("the key that this one is sealed to has just been replaced"),
-				 errhint("Retry the transaction; seal a key of keyvault.store_sealed_api_key() to keyvault.sealing_key() again.")));
+	*id = *id_for(key);
+	while (!write_row(key, id, box, NULL))
+	{
+		CHECK_FOR_INTERRUPTS();
+		*id = *id_for(key);
+		if (key->secret == NULL)
+		{
+			write_beside(key, id);
+			return;
+		}
+	}
+	forget_replacement(key->user_id, id);
 }
 
 /*
@@ -219,15 +224,8 @@ write_box(const KvNewKey *key, pg_uuid_t *id)
 		kv_owner_fresh_snapshot_end();
 		box = kv_sealed_box_seal(&box_key, &binding, key->secret, strlen(key->secret));
 	}
-	hold_sealing_key(box);
-	*id = *id_for(key);
-	if (write_row(key, id, box, NULL))
-		forget_replacement(key->user_id, id);
-	else
-	{
-		*id = *id_for(key);
-		write_beside(key, id);
-	}
+	kv_sealing_key_hold(box);
+	write_row_or_beside(key, id, box);
 	kv_statement_execute(&wake, NULL, NULL);
 }
 

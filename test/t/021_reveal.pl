@@ -56,6 +56,19 @@ set_config($node, 'keyvault.databases', 'none');
 wait_until(sub { worker_pid($node) eq '' }) or die 'the worker stays';
 is(state_of($node, "SELECT keyvault.store_api_key('openai', 'sk-stored-while-off-0123456789', user_id => 'after')"), '', 'a key is stored');
 is(row_of('after'), "\\x01|f|sk-\xe2\x80\xa66789|active|", 'as a box, with its hint');
+{
+	my $first = $node->background_psql('postgres');
+	my $id = $first->query_safe("BEGIN; SELECT keyvault.store_api_key('openai', 'sk-first-of-its-name-0123456789', 'raced', 'after')");
+	my ($none, $second) = ('', '');
+	my $racer = IPC::Run::start([ 'psql', '-XAtq', '-d', $node->connstr('postgres'), '-c',
+		"SELECT keyvault.store_api_key('openai', 'sk-other-of-its-name-0123456789', 'raced', 'after')" ], '<', \$none, '>', \$second, '2>', \$second);
+	ok(wait_until(sub { $node->safe_psql('postgres', "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'") eq '1' }), 'one waits who stores the same name');
+	$first->query_safe('COMMIT');
+	$first->quit;
+	$racer->finish;
+	is($second, "$id\n", 'and gets the id that stays');
+	$node->safe_psql('postgres', "SELECT keyvault.delete_api_key('openai', 'raced', 'after')");
+}
 is(state_of($node, "SELECT keyvault.store_sealed_api_key('openai', '\\x$box', user_id => 'boxed')"), '', 'a sealed key is stored');
 is(state_of($node, "SELECT keyvault.store_sealed_api_key('openai', '\\x$box', user_id => 'boxed')"), 'KV005', 'once');
 my $bad = seal_key($node, 'bad', 'sk-ant-another-providers-0123', 'exa');
@@ -115,9 +128,17 @@ is(state_of($node, "SELECT keyvault.store_platform_key('exa', 'platforms-own-key
 	$storing->query_safe("BEGIN; SELECT keyvault.store_api_key('openai', 'sk-stored-meanwhile-0123456789', user_id => 'meanwhile')");
 	is($node->safe_psql('postgres', 'SELECT keyvault.retire_sealing_keys()'), '0', 'a key that a box is just being sealed to stays');
 	$storing->query_safe('COMMIT');
-	$storing->quit;
 	ok(wait_until(sub { row_of('meanwhile') =~ /^\\x4b\|t/ }), 'and the worker opens that box');
 	cmp_ok($node->safe_psql('postgres', 'SELECT keyvault.retire_sealing_keys()'), '>', 0, 'sealing keys are deleted early');
+	my $call = $storing->query_safe(<<'SQL');
+BEGIN;
+SELECT keyvault.request('openai', '{"model": "gpt-5-mini", "messages": [{"role": "user", "content": "called meanwhile"}]}',
+	user_id => 'meanwhile', api_key => 'sk-called-meanwhile-0123456789');
+SQL
+	is($node->safe_psql('postgres', 'SELECT keyvault.retire_sealing_keys()'), '0', 'one that a key for a call is sealed to stays, too');
+	$storing->query_safe('COMMIT');
+	$storing->quit;
+	ends_as($node, $call, 'done', 'that call');
 	$node->safe_psql('postgres', "SELECT keyvault.rotate_data_key('')");
 	ok(wait_until(sub { $node->safe_psql('postgres', "SELECT boxes_destroyed_at IS NOT NULL $erasure") eq 't' }), 'then the worker rotates what sealed them');
 	is($node->safe_psql('postgres', "SELECT master_key_version, master_key_retired_at IS NULL $erasure"), '2|t', 'the master key of that time is still to be retired');
