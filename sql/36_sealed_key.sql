@@ -34,7 +34,10 @@ DECLARE
     retired bytea[];
     forgotten bigint;
 BEGIN
-    -- Who stores a box holds its key until his transaction ends: the next statement sees all boxes of these.
+    -- Who seals a box holds its key until his transaction ends: the next statement sees all boxes of these, but with an old snapshot.
+    IF current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
+        RETURN 0;
+    END IF;
     retired := ARRAY(SELECT s.key_id FROM keyvault.sealing_keys s WHERE s.retired_at <= now() FOR UPDATE SKIP LOCKED);
     IF retired = '{}' THEN
         RETURN 0;
@@ -53,7 +56,7 @@ BEGIN
     RETURN forgotten;
 END $$;
 COMMENT ON FUNCTION keyvault._forget_sealing_keys() IS
-    'Deletes sealing keys whose boxes are no longer taken and that no stored box needs, with the digests of their boxes; returns how many.';
+    'Deletes sealing keys whose boxes are no longer taken and that no stored box needs, with the digests of their boxes; returns how many. None above READ COMMITTED.';
 
 CREATE FUNCTION keyvault._forget_problem() RETURNS trigger
     LANGUAGE plpgsql

@@ -119,7 +119,7 @@ COMMENT ON COLUMN keyvault.api_keys_due.user_id IS 'Whose key; '''' is the platf
 COMMENT ON COLUMN keyvault.api_keys_due.expires_at IS 'From then on it is not used.';
 COMMENT ON COLUMN keyvault.api_keys_due.days_left IS 'Whole days until then; negative: since.';
 COMMENT ON COLUMN keyvault.api_keys_due.hint IS 'How the key begins and ends, for people.';
-COMMENT ON COLUMN keyvault.api_keys_due.status IS 'active; failed: the provider refused it.';
+COMMENT ON COLUMN keyvault.api_keys_due.status IS 'active; failed: the provider refused it, or it came sealed and is none.';
 
 CREATE FUNCTION keyvault._platform_master_key(before integer) RETURNS integer
     LANGUAGE sql STABLE
@@ -134,7 +134,7 @@ CREATE FUNCTION keyvault._note_boxes_destroyed(version integer) RETURNS void
     LANGUAGE sql VOLATILE
 BEGIN ATOMIC
     UPDATE keyvault.users u
-       SET boxes_destroyed_at = now(),
+       SET boxes_destroyed_at = clock_timestamp(),
            erased_master_key = greatest(u.erased_master_key, keyvault._platform_master_key($1))
      WHERE u.status = 'erased' AND u.boxes_destroyed_at IS NULL
        AND NOT EXISTS (SELECT FROM keyvault.sealing_keys s WHERE s.created_at <= u.erased_at);
@@ -146,7 +146,7 @@ CREATE FUNCTION keyvault.retire_sealing_keys() RETURNS bigint
     LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'keyvault_retire_sealing_keys';
 COMMENT ON FUNCTION keyvault.retire_sealing_keys() IS
-    'Has no more boxes taken for the keys that sealing_key() has given so far, and deletes those that no stored box needs, the others in maintenance when the worker has opened these; returns how many were deleted. The next sealing_key() makes a new one. A step of a complete erasure: see erasure_status. Access admin, or the right to act for any user. Error: 42501.';
+    'Has no more boxes taken for the keys that sealing_key() has given so far, and deletes those that no stored box needs, the others in maintenance when the worker has opened these; returns how many were deleted. The next sealing_key() makes a new one. A step of a complete erasure: see erasure_status. Access admin, or the right to act for any user. Errors: 25000 above READ COMMITTED, 42501.';
 
 CREATE VIEW keyvault.erasure_status WITH (security_invoker = true, security_barrier = true) AS
 SELECT u.user_id, u.erased_at, u.status_reason, e.master_key_version,

@@ -120,7 +120,7 @@ has_users(void)
 	return DatumGetBool(kv_statement_value(&users, NULL, NULL, &isnull));
 }
 
-/* Is there a rotation that only the worker can do? The SQL of version 0.1.0 has none. */
+/* Is there a rotation that was left to the worker? The SQL of version 0.1.0 has none. */
 static bool
 has_rotation_requests(void)
 {
@@ -128,7 +128,7 @@ has_rotation_requests(void)
 	static KvStatement requests = {"SELECT EXISTS (SELECT FROM keyvault.rotation_requests)", 0};
 	bool		isnull;
 
-	return !kv_reveal && OidIsValid(kv_relation_find(&table)) &&
+	return OidIsValid(kv_relation_find(&table)) &&
 		DatumGetBool(kv_statement_value(&requests, NULL, NULL, &isnull));
 }
 
