@@ -92,7 +92,7 @@ BEGIN
               DETAIL = 'A user is on it, and nothing says what that user may spend.',
               HINT = 'Add it with INSERT INTO keyvault.plans; then keyvault.set_plan() can move its users.';
 END $$;
-COMMENT ON FUNCTION keyvault._refuse_missing_plan(text) IS 'Raises 42704: no debit goes by a plan that is not there.';
+COMMENT ON FUNCTION keyvault._refuse_missing_plan(text) IS 'Raises 42704: no period, price or new balance goes by a plan that is not there.';
 
 CREATE TABLE keyvault.users (
     user_id text COLLATE "C" PRIMARY KEY CHECK (octet_length(user_id) BETWEEN 1 AND 255),

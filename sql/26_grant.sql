@@ -104,8 +104,9 @@ BEGIN
         balance.credits_used := 0;
         balance.credits_covered := 0;
         balance.credits_overage := 0;
-        balance.monthly_credits := (SELECT coalesce(u.monthly_credits, p.monthly_credits)
-                                      FROM keyvault.users u JOIN keyvault.plans p ON p.plan = u.plan
+        -- Without a plan there are none: NULL would be as many as one likes.
+        balance.monthly_credits := (SELECT CASE WHEN p.plan IS NULL THEN 0 ELSE coalesce(u.monthly_credits, p.monthly_credits) END
+                                      FROM keyvault.users u LEFT JOIN keyvault.plans p ON p.plan = u.plan
                                      WHERE u.user_id = balance.user_id);
         balance.period_start := keyvault._period_bound(balance.period_anchor, number);
         balance.period_end := keyvault._period_bound(balance.period_anchor, number + 1);

@@ -140,8 +140,8 @@ BEGIN
         RAISE EXCEPTION 'cost_usd must be between 0 and 999999999 USD'
             USING ERRCODE = 'invalid_parameter_value', HINT = 'It is what the use is expected to cost the provider''s customer.';
     END IF;
-    -- As intervals compare, a year has 360 days.
-    IF ttl IS NULL OR ttl <= interval '0' OR ttl > interval '2 years' OR now() + ttl > now() + interval '1 year' THEN
+    -- As intervals compare, a year has 360 days; in UTC no hour is left out.
+    IF ttl IS NULL OR ttl <= interval '0' OR ttl > interval '2 years' OR now() AT TIME ZONE 'UTC' + ttl > now() AT TIME ZONE 'UTC' + interval '1 year' THEN
         RAISE EXCEPTION 'ttl must be more than 0 and at most a year'
             USING ERRCODE = 'invalid_parameter_value', HINT = 'It is how long the credits stay set aside if nobody settles the hold.';
     END IF;

@@ -80,7 +80,7 @@ COMMENT ON COLUMN keyvault.api_keys.fingerprint IS 'Keyed hash under the user''s
 COMMENT ON COLUMN keyvault.api_keys.last_used_at IS 'When the key was last looked up or called with; written within keyvault.key_use_flush_interval.';
 COMMENT ON COLUMN keyvault.api_keys.use_count IS 'How often the key was looked up or called with, platform and user alike; written as last_used_at is.';
 COMMENT ON COLUMN keyvault.api_keys.problem IS 'Why a sealed box could not be opened, or no record made of it.';
-COMMENT ON COLUMN keyvault.api_keys.status IS 'active; failed: the provider refused it when it was last used.';
+COMMENT ON COLUMN keyvault.api_keys.status IS 'active; failed: the provider refused it when it was last used, or it came sealed and is none, as problem says.';
 COMMENT ON COLUMN keyvault.api_keys.source IS 'user; platform: its own; reference: what is encrypted names where the key is kept.';
 COMMENT ON COLUMN keyvault.api_keys.rotated_at IS 'When the value last changed.';
 SELECT pg_catalog.pg_extension_config_dump('keyvault.api_keys', '');
@@ -176,7 +176,7 @@ COMMENT ON COLUMN keyvault.api_key_status.user_id IS 'Whose key; '''' is the pla
 COMMENT ON COLUMN keyvault.api_key_status.provider IS 'Whose service the key is for.';
 COMMENT ON COLUMN keyvault.api_key_status.name IS 'Tells a user''s keys of a provider apart; default is used where none is named.';
 COMMENT ON COLUMN keyvault.api_key_status.hint IS 'How the key begins and ends, for people.';
-COMMENT ON COLUMN keyvault.api_key_status.status IS 'active; failed: the provider refused it.';
+COMMENT ON COLUMN keyvault.api_key_status.status IS 'active; failed: the provider refused it when it was last used, or it came sealed and is none, as problem says.';
 COMMENT ON COLUMN keyvault.api_key_status.source IS 'How it came.';
 COMMENT ON COLUMN keyvault.api_key_status.id IS 'The id of the key, as usage_records.api_key_id has it.';
 COMMENT ON COLUMN keyvault.api_key_status.expires_at IS 'From then on it is not used; NULL: never.';

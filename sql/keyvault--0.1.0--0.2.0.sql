@@ -79,7 +79,7 @@ BEGIN
               HINT = 'Add it with INSERT INTO keyvault.plans; then keyvault.set_plan() can move its users.';
 END $$;
 REVOKE ALL ON FUNCTION keyvault._refuse_missing_plan(text) FROM PUBLIC;
-COMMENT ON FUNCTION keyvault._refuse_missing_plan(text) IS 'Raises 42704: no debit goes by a plan that is not there.';
+COMMENT ON FUNCTION keyvault._refuse_missing_plan(text) IS 'Raises 42704: no period, price or new balance goes by a plan that is not there.';
 
 COMMENT ON COLUMN keyvault.plans.credits_per_usd IS
     'Credits per USD: a use is debited (provider cost + infrastructure_usd) * (1 + margin) * credits_per_usd.';
@@ -333,7 +333,7 @@ ALTER TABLE keyvault.credit_balances ALTER COLUMN due_at SET NOT NULL,
 
 -- Not WHERE slot = 0: while the table is new the planner would take it for looking up one balance, and scan it all.
 CREATE INDEX credit_balances_due ON keyvault.credit_balances (due_at);
-CREATE INDEX credit_balances_user_id ON keyvault.credit_balances USING hash (user_id);
+CREATE INDEX credit_balances_user_id ON keyvault.credit_balances USING hash (user_id) WHERE slot = 0;
 
 -- What a balance was before a period or a plan ended: with it, history can be proved.
 CREATE TABLE keyvault.credit_periods (
@@ -967,8 +967,9 @@ BEGIN
         balance.credits_used := 0;
         balance.credits_covered := 0;
         balance.credits_overage := 0;
-        balance.monthly_credits := (SELECT coalesce(u.monthly_credits, p.monthly_credits)
-                                      FROM keyvault.users u JOIN keyvault.plans p ON p.plan = u.plan
+        -- Without a plan there are none: NULL would be as many as one likes.
+        balance.monthly_credits := (SELECT CASE WHEN p.plan IS NULL THEN 0 ELSE coalesce(u.monthly_credits, p.monthly_credits) END
+                                      FROM keyvault.users u LEFT JOIN keyvault.plans p ON p.plan = u.plan
                                      WHERE u.user_id = balance.user_id);
         balance.period_start := keyvault._period_bound(balance.period_anchor, number);
         balance.period_end := keyvault._period_bound(balance.period_anchor, number + 1);
@@ -1221,8 +1222,8 @@ BEGIN
         RAISE EXCEPTION 'cost_usd must be between 0 and 999999999 USD'
             USING ERRCODE = 'invalid_parameter_value', HINT = 'It is what the use is expected to cost the provider''s customer.';
     END IF;
-    -- As intervals compare, a year has 360 days.
-    IF ttl IS NULL OR ttl <= interval '0' OR ttl > interval '2 years' OR now() + ttl > now() + interval '1 year' THEN
+    -- As intervals compare, a year has 360 days; in UTC no hour is left out.
+    IF ttl IS NULL OR ttl <= interval '0' OR ttl > interval '2 years' OR now() AT TIME ZONE 'UTC' + ttl > now() AT TIME ZONE 'UTC' + interval '1 year' THEN
         RAISE EXCEPTION 'ttl must be more than 0 and at most a year'
             USING ERRCODE = 'invalid_parameter_value', HINT = 'It is how long the credits stay set aside if nobody settles the hold.';
     END IF;
@@ -2413,6 +2414,7 @@ ALTER TABLE keyvault.api_keys ADD COLUMN use_count bigint NOT NULL DEFAULT 0;
 CREATE INDEX api_keys_boxes ON keyvault.api_keys (user_id, id) WHERE fingerprint IS NULL;
 CREATE INDEX api_keys_user_id ON keyvault.api_keys USING hash (user_id);
 
+COMMENT ON COLUMN keyvault.api_keys.status IS 'active; failed: the provider refused it when it was last used, or it came sealed and is none, as problem says.';
 COMMENT ON COLUMN keyvault.api_keys.ciphertext IS 'Secret record, or a sealed box that the worker has yet to make a record of: see "Formats" in doc/keyvault.md.';
 
 COMMENT ON COLUMN keyvault.api_keys.fingerprint IS 'Keyed hash under the user''s own data key: equal for equal keys of one user, and only there. NULL for a sealed box.';
@@ -2473,7 +2475,7 @@ COMMENT ON COLUMN keyvault.api_key_status.user_id IS 'Whose key; '''' is the pla
 COMMENT ON COLUMN keyvault.api_key_status.provider IS 'Whose service the key is for.';
 COMMENT ON COLUMN keyvault.api_key_status.name IS 'Tells a user''s keys of a provider apart; default is used where none is named.';
 COMMENT ON COLUMN keyvault.api_key_status.hint IS 'How the key begins and ends, for people.';
-COMMENT ON COLUMN keyvault.api_key_status.status IS 'active; failed: the provider refused it.';
+COMMENT ON COLUMN keyvault.api_key_status.status IS 'active; failed: the provider refused it when it was last used, or it came sealed and is none, as problem says.';
 COMMENT ON COLUMN keyvault.api_key_status.source IS 'How it came.';
 COMMENT ON COLUMN keyvault.api_key_status.id IS 'The id of the key, as usage_records.api_key_id has it.';
 COMMENT ON COLUMN keyvault.api_key_status.expires_at IS 'From then on it is not used; NULL: never.';
@@ -2546,7 +2548,10 @@ DECLARE
     retired bytea[];
     forgotten bigint;
 BEGIN
-    -- Who stores a box holds its key until his transaction ends: the next statement sees all boxes of these.
+    -- Who seals a box holds its key until his transaction ends: the next statement sees all boxes of these, but with an old snapshot.
+    IF current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
+        RETURN 0;
+    END IF;
     retired := ARRAY(SELECT s.key_id FROM keyvault.sealing_keys s WHERE s.retired_at <= now() FOR UPDATE SKIP LOCKED);
     IF retired = '{}' THEN
         RETURN 0;
@@ -2567,7 +2572,7 @@ END $$;
 REVOKE ALL ON FUNCTION keyvault._forget_sealing_keys() FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault._forget_sealing_keys() IS
-    'Deletes sealing keys whose boxes are no longer taken and that no stored box needs, with the digests of their boxes; returns how many.';
+    'Deletes sealing keys whose boxes are no longer taken and that no stored box needs, with the digests of their boxes; returns how many. None above READ COMMITTED.';
 
 CREATE FUNCTION keyvault._forget_problem() RETURNS trigger
     LANGUAGE plpgsql
@@ -2806,7 +2811,7 @@ COMMENT ON COLUMN keyvault.api_keys_due.user_id IS 'Whose key; '''' is the platf
 COMMENT ON COLUMN keyvault.api_keys_due.expires_at IS 'From then on it is not used.';
 COMMENT ON COLUMN keyvault.api_keys_due.days_left IS 'Whole days until then; negative: since.';
 COMMENT ON COLUMN keyvault.api_keys_due.hint IS 'How the key begins and ends, for people.';
-COMMENT ON COLUMN keyvault.api_keys_due.status IS 'active; failed: the provider refused it.';
+COMMENT ON COLUMN keyvault.api_keys_due.status IS 'active; failed: the provider refused it, or it came sealed and is none.';
 
 CREATE FUNCTION keyvault._platform_master_key(before integer) RETURNS integer
     LANGUAGE sql STABLE
@@ -2823,7 +2828,7 @@ CREATE FUNCTION keyvault._note_boxes_destroyed(version integer) RETURNS void
     LANGUAGE sql VOLATILE
 BEGIN ATOMIC
     UPDATE keyvault.users u
-       SET boxes_destroyed_at = now(),
+       SET boxes_destroyed_at = clock_timestamp(),
            erased_master_key = greatest(u.erased_master_key, keyvault._platform_master_key($1))
      WHERE u.status = 'erased' AND u.boxes_destroyed_at IS NULL
        AND NOT EXISTS (SELECT FROM keyvault.sealing_keys s WHERE s.created_at <= u.erased_at);
@@ -2839,7 +2844,7 @@ CREATE FUNCTION keyvault.retire_sealing_keys() RETURNS bigint
 REVOKE ALL ON FUNCTION keyvault.retire_sealing_keys() FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault.retire_sealing_keys() IS
-    'Has no more boxes taken for the keys that sealing_key() has given so far, and deletes those that no stored box needs, the others in maintenance when the worker has opened these; returns how many were deleted. The next sealing_key() makes a new one. A step of a complete erasure: see erasure_status. Access admin, or the right to act for any user. Error: 42501.';
+    'Has no more boxes taken for the keys that sealing_key() has given so far, and deletes those that no stored box needs, the others in maintenance when the worker has opened these; returns how many were deleted. The next sealing_key() makes a new one. A step of a complete erasure: see erasure_status. Access admin, or the right to act for any user. Errors: 25000 above READ COMMITTED, 42501.';
 
 CREATE VIEW keyvault.erasure_status WITH (security_invoker = true, security_barrier = true) AS
 SELECT u.user_id, u.erased_at, u.status_reason, e.master_key_version,

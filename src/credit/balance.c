@@ -282,7 +282,7 @@ is_being_changed(TupleTableSlot *row)
 		!TransactionIdIsCurrentTransactionId(HeapTupleHeaderGetUpdateXid(header));
 }
 
-static KvIndex rows_of_user = {{"credit_balances"}, {"credit_balances_user_id"}, 1, {TEXTOID}, RowExclusiveLock};
+static KvIndex slot_0_of_user = {{"credit_balances"}, {"credit_balances_user_id"}, 1, {TEXTOID}, RowExclusiveLock};
 static KvIndex slots_of_user = {{"credit_balances"}, {"credit_balances_pkey"}, 1, {TEXTOID}, RowExclusiveLock};
 static KvIndex slot_of_user = {{"credit_balances"}, {"credit_balances_pkey"}, 2, {TEXTOID, INT2OID}, RowExclusiveLock};
 
@@ -342,18 +342,6 @@ debit_any_slot(const char *user_id, Numeric amount, Numeric to_come)
 	return result;
 }
 
-/* Step to the balance's slot 0, which mostly is its only row; false without a balance. */
-static bool
-find_slot_0(KvIndexScan *scan)
-{
-	bool		isnull;
-
-	while (kv_index_scan_next(scan, ForwardScanDirection))
-		if (DatumGetInt16(slot_getattr(scan->slot, BALANCE_SLOT, &isnull)) == 0)
-			return true;
-	return false;
-}
-
 /* Take micro_credits off a user's balance if there plainly is room for them. None are debited without a write. */
 KvBalanceResult
 kv_balance_debit(const char *user_id, int64 micro_credits)
@@ -366,10 +354,10 @@ kv_balance_debit(const char *user_id, int64 micro_credits)
 	bool		is_free = micro_credits == 0 && kv_free_use_announce(user_id);
 
 	kv_owner_fresh_snapshot_begin();
-	kv_index_scan_begin(&scan, kv_index_or(&rows_of_user, &slots_of_user), &key);
+	kv_index_scan_begin(&scan, kv_index_or(&slot_0_of_user, &slots_of_user), &key);
 	/* The table of version 0.1.0 lacks columns: keyvault._debit_slow() does for it what an UPDATE can. */
 	if (RelationGetDescr(scan.table)->natts >= BALANCE_CREDITS_LENT && !is_more_than_a_write(scan.table) &&
-		find_slot_0(&scan))
+		kv_index_scan_next(&scan, ForwardScanDirection))
 	{
 		CheckCmdReplicaIdentity(scan.table, CMD_UPDATE);
 		is_split = !kv_amount_at_most(amount_of(scan.slot, BALANCE_CREDITS_LENT), kv_amount_zero());

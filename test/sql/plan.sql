@@ -43,6 +43,7 @@ SELECT s.* FROM unnest(ARRAY[$$INSERT INTO keyvault.usage_records (user_id, mode
        $$INSERT INTO keyvault.usage_records (user_id, model, tokens) VALUES ('pl_new', 'gpt-5', 1)$$, $$SELECT keyvault._credits_owed('pl_used', 'platform', 1)$$]) q, LATERAL pg_temp.refusal(q) s;
 UPDATE keyvault.credit_balances SET period_anchor = period_anchor - interval '2 months', period_start = period_start - interval '2 months', period_end = period_end - interval '2 months' WHERE user_id LIKE 'pl\__';
 SELECT * FROM pg_temp.refusal($$INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('pl_a', 1)$$);
+SELECT monthly_credits::float, credits_remaining::float FROM keyvault.credit_status WHERE user_id = 'pl_a';
 SELECT keyvault.reset_due_credits() >= 2 AS reset, keyvault.reset_due_credits();
 SELECT user_id, monthly_credits::float FROM keyvault.credit_balances WHERE user_id LIKE 'pl\__' AND due_at > now() ORDER BY 1;
 INSERT INTO keyvault.plans (plan, monthly_credits) VALUES ('pl_used', 70);
