@@ -2998,12 +2998,10 @@ BEGIN
         SELECT m.provider, m.model, m.valid_from, m.input_usd_per_mtok, m.output_usd_per_mtok, m.cached_input_usd_per_mtok,
                NULL, NULL, false, m.reasoning_usd_per_mtok, m.usd_per_request, m.usd_per_unit, NULL, m.context_tiers
           INTO price
-          FROM keyvault.plan_prices m
-         WHERE m.plan = $4 AND m.model IN ($2, family) AND m.valid_from <= at
-           AND m.provider = coalesce($1, (SELECT d.provider FROM keyvault.plan_prices d
-                                           WHERE d.plan = $4 AND d.model IN ($2, family) AND d.valid_from <= at
-                                           ORDER BY d.model = $2 DESC, d.output_usd_per_mtok DESC, d.input_usd_per_mtok DESC, d.provider LIMIT 1))
-         ORDER BY m.model = $2 DESC, m.valid_from DESC
+          FROM (SELECT DISTINCT ON (c.provider, c.model) c.* FROM keyvault.plan_prices c
+                 WHERE c.plan = $4 AND c.provider = coalesce($1, c.provider) AND c.model IN ($2, family) AND c.valid_from <= at
+                 ORDER BY c.provider, c.model, c.valid_from DESC) m
+         ORDER BY m.model = $2 DESC, m.output_usd_per_mtok DESC, m.input_usd_per_mtok DESC, m.provider
          LIMIT 1;
     ELSIF $1 IS NOT NULL THEN
         SELECT * INTO price FROM keyvault.model_prices m
@@ -3207,12 +3205,13 @@ BEGIN
                            plan_price.input_usd_per_mtok, plan_price.output_usd_per_mtok) > 0
         THEN
             -- What is paid by the token is not free because nobody counted: a cut stream is no free one.
-            assumed := keyvault._unknown_model_usd(plan, priced_provider, 0,
-                       CASE WHEN NOT happened THEN format('a use of model "%s" states no tokens', model) END,
+            assumed := keyvault._unknown_model_usd(plan, priced_provider, all_tokens,
+                       CASE WHEN NOT happened THEN format('a use of model "%s" states no %stokens', model, CASE WHEN all_tokens > 0 THEN 'input or output ' END) END,
                        'Give its tokens, 0 if there were none, its cost_usd or its credits;');
             price := CASE WHEN usd > 0 THEN price ELSE '{}' END || jsonb_build_object('unknown', plan.unknown_model);
             usd := usd + assumed;
-            sold_usd := nullif(sold_usd, 0) + assumed;
+            sold_used := CASE WHEN sold_usd > 0 THEN sold_used END;
+            sold_usd := sold_usd + assumed;
         END IF;
     END IF;
     credits := keyvault._credits_of(plan, payer, coalesce(sold_usd, usd));

@@ -83,6 +83,7 @@ INSERT INTO keyvault.usage_records (user_id, type, cached_tokens) VALUES ('pr_a'
 INSERT INTO keyvault.usage_records (user_id, type, reasoning_tokens) VALUES ('pr_a', 'parts', 5000);
 INSERT INTO keyvault.usage_records (user_id, type, model, input_tokens, cached_tokens, output_tokens, reasoning_tokens) VALUES ('pr_a', 'parts', 'gpt-99', 1000, 3000, 2000, 1000);
 INSERT INTO keyvault.usage_records (user_id, type, model, cached_tokens) VALUES ('pr_a', 'parts', 'gpt-5', 3000);
+INSERT INTO keyvault.usage_records (user_id, type, model, cached_tokens, reasoning_tokens) VALUES ('pr_a', 'parts', 'gpt-5', 3000, 5000);
 SELECT state, message FROM pg_temp.refusal($$INSERT INTO keyvault.usage_records (user_id, cached_tokens) VALUES ('pr_s', 1)$$);
 SELECT model, credits::float, cost_usd::float, price ->> 'unknown' AS unknown FROM keyvault.usage_records WHERE user_id = 'pr_a' AND type = 'parts' ORDER BY id;
 
@@ -91,7 +92,17 @@ INSERT INTO keyvault.plan_prices (plan, provider, model, input_usd_per_mtok, out
 INSERT INTO keyvault.usage_records (user_id, provider, model, input_tokens, output_tokens) VALUES ('pr_s', 'zenith', 'own-2026-01-01', 1000, 1000), ('pr_s', NULL, 'own', 1000, 1000), ('pr_m', 'acme', 'own', 1000, 1000);
 SELECT user_id, provider, model, credits::float, cost_usd::float, price FROM keyvault.usage_records WHERE model LIKE 'own%' AND user_id LIKE 'pr\_%' ORDER BY id;
 SELECT state, message FROM pg_temp.refusal($$INSERT INTO keyvault.usage_records (user_id, model) VALUES ('pr_s', 'own')$$);
+-- Without a provider, the one that is the dearest now: not one that was, nor one of the family when the model itself has a price.
+INSERT INTO keyvault.plan_prices (plan, provider, model, valid_from, input_usd_per_mtok, output_usd_per_mtok) VALUES ('pr_strict', 'acme', 'own', '2020-01-01', 1, 1);
+SELECT p, (f).provider, (f).output_usd_per_mtok::float AS output FROM unnest('{NULL, acme, zenith, other}'::text[]) p, keyvault._find_price(p, 'own', now(), 'pr_strict') f;
+INSERT INTO keyvault.plan_prices (plan, provider, model, input_usd_per_mtok, output_usd_per_mtok) VALUES ('pr_strict', 'acme', 'own-2026-01-01', 2, 2);
+SELECT m, (f).provider, (f).output_usd_per_mtok::float AS output FROM unnest('{own, own-2026-01-01, own-latest}'::text[]) m, keyvault._find_price(NULL, m, now(), 'pr_strict') f;
 DELETE FROM keyvault.plan_prices WHERE plan = 'pr_strict';
+
+-- A use without tokens costs by the plan's price also where that comes to nothing: the provider's price per request is not the user's.
+INSERT INTO keyvault.plan_prices (plan, provider, model, input_usd_per_mtok, output_usd_per_mtok) VALUES ('pr_margin', 'acme', 'tiered', 1, 1);
+INSERT INTO keyvault.usage_records (user_id, type, provider, model) VALUES ('pr_m', 'sold', 'acme', 'tiered');
+SELECT credits::float, cost_usd::float, price FROM keyvault.usage_records WHERE user_id = 'pr_m' AND type = 'sold';
 
 -- record_usage: priced or not, once per idempotency key.
 SELECT keyvault.record_usage('chat', 'gpt-5-mini', 1000, 500, user_id => 'pr_r') AS priced \gset
