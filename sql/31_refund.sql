@@ -1,12 +1,18 @@
 -- Credits given back for a use.
 
+CREATE FUNCTION keyvault._uuid_time(id uuid) RETURNS timestamptz
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN CASE WHEN substr(id::text, 15, 1) = '7'
+                THEN to_timestamp(('x' || translate(left(id::text, 13), '-', ''))::bit(48)::bigint / 1000.0) END;
+COMMENT ON FUNCTION keyvault._uuid_time(uuid) IS 'When a UUID of version 7 was made, to the millisecond (RFC 9562, section 5.7); NULL for another.';
+
 CREATE FUNCTION keyvault._find_usage(user_id text, id uuid) RETURNS keyvault.usage_records
     LANGUAGE plpgsql STABLE
     SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
-    -- The milliseconds in a UUID version 7: mostly created_at, so that one partition is read.
-    made timestamptz := to_timestamp(('x' || translate(left($2::text, 13), '-', ''))::bit(48)::bigint / 1000.0);
+    -- Mostly created_at, so that one partition is read.
+    made timestamptz := keyvault._uuid_time($2);
     found_row keyvault.usage_records;
 BEGIN
     SELECT * INTO found_row FROM keyvault.usage_records r
@@ -22,11 +28,17 @@ CREATE FUNCTION keyvault._refund_budgets(refunded keyvault.usage_records) RETURN
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
+DECLARE
+    -- A use that settles a hold of the application has the id of the hold, and is recorded at created_at.
+    recorded timestamptz := coalesce(CASE WHEN refunded.hold_id IS DISTINCT FROM refunded.id THEN keyvault._uuid_time(refunded.id) END,
+                                     refunded.created_at);
 BEGIN
     UPDATE keyvault.credit_budgets g
        SET spent = g.spent - least(refunded.credits, g.spent), spent_apart = g.spent_apart - least(refunded.credits, g.spent)
      WHERE g.user_id = refunded.user_id AND g.unit = 'credits' AND g.window_start = keyvault._budget_window(g)
        AND refunded.created_at >= g.window_start
+       -- It was counted when it was recorded, or, being there already, when the budget was made.
+       AND greatest(recorded, g.created_at) >= g.window_start
        AND keyvault._in_budget(g, refunded.model, refunded.issued_key_id, refunded.member_id);
 END $$;
 COMMENT ON FUNCTION keyvault._refund_budgets(keyvault.usage_records) IS

@@ -29,8 +29,10 @@ DECLARE
 BEGIN
     -- Who writes records has ended, or has not begun: no record of the tags of before comes after this.
     LOCK TABLE keyvault.usage_records IN SHARE ROW EXCLUSIVE MODE;
-    -- Not DELETE: processes that know the row hear that the table has changed, and read it again.
-    TRUNCATE keyvault.usage_rollup;
+    -- There is no row. Processes that know the one of before hear of an ALTER TABLE and read it again; of a TRUNCATE
+    -- they would, too, but a subscriber carries that out, and loses its own row.
+    LOCK TABLE keyvault.usage_rollup IN ACCESS EXCLUSIVE MODE;
+    ALTER TABLE keyvault.usage_rollup RESET (fillfactor);
     INSERT INTO keyvault.usage_rollup (tag_base, rolled_to)
     -- Transactions that have begun already may write records too.
     SELECT b.base, b.base + pg_snapshot_xmin(pg_current_snapshot())::text::bigint

@@ -179,7 +179,7 @@ BEGIN
      WHERE r.user_id = $1 AND r.day >= (period_start AT TIME ZONE 'UTC')::date AND r.day < last_day;
     FOR divided IN SELECT r.day, sum(r.credits) AS credits FROM keyvault.usage_retired r
                     WHERE r.user_id = $1 AND r.day IN ((period_start AT TIME ZONE 'UTC')::date, last_day)
-                      AND r.day::timestamp NOT IN (period_start AT TIME ZONE 'UTC', $2 AT TIME ZONE 'UTC')
+                      AND r.day::timestamp < CASE r.day WHEN last_day THEN $2 ELSE period_start END AT TIME ZONE 'UTC'
                     GROUP BY r.day HAVING sum(r.credits) > 0 ORDER BY r.day LOOP
         RAISE NOTICE 'usage of user "%" on % is a sum of % credits, which %', $1, to_char(divided.day, 'YYYY-MM-DD'), trim_scale(divided.credits),
             CASE divided.day WHEN last_day THEN 'is not counted' ELSE 'is counted whole' END

@@ -1714,13 +1714,21 @@ END $$;
 
 -- Credits given back for a use.
 
+CREATE FUNCTION keyvault._uuid_time(id uuid) RETURNS timestamptz
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN CASE WHEN substr(id::text, 15, 1) = '7'
+                THEN to_timestamp(('x' || translate(left(id::text, 13), '-', ''))::bit(48)::bigint / 1000.0) END;
+REVOKE ALL ON FUNCTION keyvault._uuid_time(id uuid) FROM PUBLIC;
+
+COMMENT ON FUNCTION keyvault._uuid_time(uuid) IS 'When a UUID of version 7 was made, to the millisecond (RFC 9562, section 5.7); NULL for another.';
+
 CREATE FUNCTION keyvault._find_usage(user_id text, id uuid) RETURNS keyvault.usage_records
     LANGUAGE plpgsql STABLE
     SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
-    -- The milliseconds in a UUID version 7: mostly created_at, so that one partition is read.
-    made timestamptz := to_timestamp(('x' || translate(left($2::text, 13), '-', ''))::bit(48)::bigint / 1000.0);
+    -- Mostly created_at, so that one partition is read.
+    made timestamptz := keyvault._uuid_time($2);
     found_row keyvault.usage_records;
 BEGIN
     SELECT * INTO found_row FROM keyvault.usage_records r
@@ -1738,11 +1746,17 @@ CREATE FUNCTION keyvault._refund_budgets(refunded keyvault.usage_records) RETURN
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
+DECLARE
+    -- A use that settles a hold of the application has the id of the hold, and is recorded at created_at.
+    recorded timestamptz := coalesce(CASE WHEN refunded.hold_id IS DISTINCT FROM refunded.id THEN keyvault._uuid_time(refunded.id) END,
+                                     refunded.created_at);
 BEGIN
     UPDATE keyvault.credit_budgets g
        SET spent = g.spent - least(refunded.credits, g.spent), spent_apart = g.spent_apart - least(refunded.credits, g.spent)
      WHERE g.user_id = refunded.user_id AND g.unit = 'credits' AND g.window_start = keyvault._budget_window(g)
        AND refunded.created_at >= g.window_start
+       -- It was counted when it was recorded, or, being there already, when the budget was made.
+       AND greatest(recorded, g.created_at) >= g.window_start
        AND keyvault._in_budget(g, refunded.model, refunded.issued_key_id, refunded.member_id);
 END $$;
 REVOKE ALL ON FUNCTION keyvault._refund_budgets(keyvault.usage_records) FROM PUBLIC;
@@ -1834,8 +1848,10 @@ DECLARE
 BEGIN
     -- Who writes records has ended, or has not begun: no record of the tags of before comes after this.
     LOCK TABLE keyvault.usage_records IN SHARE ROW EXCLUSIVE MODE;
-    -- Not DELETE: processes that know the row hear that the table has changed, and read it again.
-    TRUNCATE keyvault.usage_rollup;
+    -- There is no row. Processes that know the one of before hear of an ALTER TABLE and read it again; of a TRUNCATE
+    -- they would, too, but a subscriber carries that out, and loses its own row.
+    LOCK TABLE keyvault.usage_rollup IN ACCESS EXCLUSIVE MODE;
+    ALTER TABLE keyvault.usage_rollup RESET (fillfactor);
     INSERT INTO keyvault.usage_rollup (tag_base, rolled_to)
     -- Transactions that have begun already may write records too.
     SELECT b.base, b.base + pg_snapshot_xmin(pg_current_snapshot())::text::bigint
@@ -4437,7 +4453,7 @@ BEGIN
      WHERE r.user_id = $1 AND r.day >= (period_start AT TIME ZONE 'UTC')::date AND r.day < last_day;
     FOR divided IN SELECT r.day, sum(r.credits) AS credits FROM keyvault.usage_retired r
                     WHERE r.user_id = $1 AND r.day IN ((period_start AT TIME ZONE 'UTC')::date, last_day)
-                      AND r.day::timestamp NOT IN (period_start AT TIME ZONE 'UTC', $2 AT TIME ZONE 'UTC')
+                      AND r.day::timestamp < CASE r.day WHEN last_day THEN $2 ELSE period_start END AT TIME ZONE 'UTC'
                     GROUP BY r.day HAVING sum(r.credits) > 0 ORDER BY r.day LOOP
         RAISE NOTICE 'usage of user "%" on % is a sum of % credits, which %', $1, to_char(divided.day, 'YYYY-MM-DD'), trim_scale(divided.credits),
             CASE divided.day WHEN last_day THEN 'is not counted' ELSE 'is counted whole' END

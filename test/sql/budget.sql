@@ -50,6 +50,30 @@ UPDATE keyvault.credit_budgets SET window_start = window_start - CASE per WHEN '
 INSERT INTO keyvault.usage_records (user_id, model, credits) VALUES ('bu_r', 'gpt-5', 1);
 TABLE pg_temp.unsound;
 
+-- A refund gives a budget back what it has counted in the day or month under way: not what the one before has, though its created_at is
+-- of this one; but what is under a hold's id, or was there when the budget was made.
+CREATE FUNCTION pg_temp.id_of(t timestamptz) RETURNS uuid LANGUAGE sql AS $$SELECT (lpad(to_hex((extract(epoch FROM t) * 1000)::bigint), 12, '0') || '70008000000000000000')::uuid$$;
+CREATE FUNCTION pg_temp.yesterday() RETURNS timestamptz LANGUAGE sql AS $$SELECT date_trunc('day', now(), 'UTC') - interval '12 hours'$$;
+SELECT keyvault.upsert_user('bu_y') IS NOT NULL AS made, keyvault.set_budget('bu_y', 100, 'day') IS NOT NULL AS counts;
+INSERT INTO keyvault.usage_records (user_id, id, credits) VALUES ('bu_y', pg_temp.id_of(pg_temp.yesterday()), 8);
+UPDATE keyvault.credit_budgets SET created_at = pg_temp.yesterday(), window_start = date_trunc('day', pg_temp.yesterday(), 'UTC') WHERE user_id = 'bu_y';
+SELECT keyvault.reserve_credits(5, '1 hour', 'bu_y') AS hold \gset
+UPDATE keyvault.credit_holds SET id = pg_temp.id_of(pg_temp.yesterday() + interval '1 hour') WHERE id = :'hold' RETURNING id AS hold \gset
+SELECT keyvault.settle_credits(:'hold', 4, user_id => 'bu_y') IS NOT NULL AS settled, keyvault.record_usage('chat', 'm', 1, 1, 2, 'bu_y') IS NOT NULL AS recorded;
+SELECT * FROM pg_temp.spent WHERE user_id = 'bu_y';
+SELECT keyvault.refund_usage(pg_temp.id_of(pg_temp.yesterday()), 'of the day before', 'bu_y') IS NOT NULL AS refunded;
+SELECT * FROM pg_temp.spent WHERE user_id = 'bu_y';
+SELECT keyvault.refund_usage(:'hold', 'settled today', 'bu_y') IS NOT NULL AS refunded;
+SELECT * FROM pg_temp.spent WHERE user_id = 'bu_y';
+SELECT * FROM pg_temp.unsound WHERE user_id = 'bu_y';
+INSERT INTO keyvault.usage_records (user_id, id, credits) VALUES ('bu_y', pg_temp.id_of(pg_temp.yesterday() + interval '2 hours'), 16);
+SELECT keyvault.set_budget('bu_y', 200) IS NOT NULL AS made;
+SELECT * FROM pg_temp.spent WHERE user_id = 'bu_y';
+SELECT keyvault.refund_usage(pg_temp.id_of(pg_temp.yesterday() + interval '2 hours'), 'there already', 'bu_y') IS NOT NULL AS refunded;
+SELECT * FROM pg_temp.spent WHERE user_id = 'bu_y';
+SELECT * FROM pg_temp.unsound WHERE user_id = 'bu_y';
+SELECT keyvault.set_budget('bu_y', NULL, 'day') IS NOT NULL AS removed, keyvault.set_budget('bu_y', NULL) IS NOT NULL;
+
 -- A use of no credits is not refused where no credits are left, but by a budget.
 BEGIN;
 \set ON_ERROR_ROLLBACK on

@@ -12,6 +12,12 @@ CREATE FUNCTION pg_temp.expires(who text, why text) RETURNS void LANGUAGE sql AS
 UPDATE keyvault.credit_grants SET expires_at = now() - interval '1 minute' WHERE user_id = who AND reason = why;
 UPDATE keyvault.credit_balances SET due_at = now() - interval '1 minute' WHERE user_id = who;
 $$;
+-- What the proof finds in a user with too many credits, so long after its plan was changed.
+CREATE FUNCTION pg_temp.proof_after_change(who text, ago interval) RETURNS TABLE (what text, expected numeric, found numeric) LANGUAGE sql AS $$
+UPDATE keyvault.plans SET credits_changed_at = now() - ago WHERE plan = 'free';
+UPDATE keyvault.credit_balances SET period_start = now(), monthly_credits = 7000 WHERE user_id = who AND slot = 0;
+SELECT v.what, v.expected, v.found FROM keyvault.verify_ledger() v WHERE v.user_id = who;
+$$;
 CREATE VIEW pg_temp.sums AS
 SELECT s.user_id, sum(e.credits) FILTER (WHERE e.item <> 'remaining')::float AS lines, max(e.credits) FILTER (WHERE e.item = 'remaining')::float AS remaining,
        max(e.credits) FILTER (WHERE e.item = 'remaining') = s.credits_remaining AS as_status,
@@ -104,6 +110,9 @@ SAVEPOINT a;
 UPDATE keyvault.credit_balances SET period_anchor = '2019-01-10 12:00+00' WHERE user_id = 'le_h';
 SELECT b.credits_used::float AS used FROM keyvault.balance_at('le_h', '2019-02-10 15:00+00') b;
 SELECT b.credits_used::float AS used FROM keyvault.balance_at('le_h', '2019-02-12 00:00+00') b;
+-- the day of the time is the period's first
+UPDATE keyvault.credit_balances SET period_anchor = '2019-01-10 00:00+00' WHERE user_id = 'le_h';
+SELECT t, b.credits_used::float AS used FROM unnest('{2019-02-10 00:00+00, 2019-02-10 15:00+00, 2019-02-11 00:00+00}'::timestamptz[]) t, keyvault.balance_at('le_h', t) b;
 ROLLBACK TO a;
 \set VERBOSITY terse
 SELECT * FROM keyvault.verify_ledger() WHERE user_id = 'le_h';
@@ -244,4 +253,8 @@ UPDATE keyvault.plans SET credits_changed_at = '2020-01-01' WHERE plan = 'free';
 SELECT what, expected::float, found::float FROM keyvault.verify_ledger() WHERE user_id = 'le_t';
 SELECT keyvault.set_plan('le_t', 'free');
 SELECT what FROM keyvault.verify_ledger() WHERE user_id = 'le_t';
+-- from a day after the change on, that is: a period that began earlier may have either
+SELECT d, what, expected::float, found::float
+  FROM unnest('{2 days, 25 hours, 23 hours}'::interval[]) d
+ CROSS JOIN LATERAL pg_temp.proof_after_change('le_t', d) ORDER BY d;
 ROLLBACK;

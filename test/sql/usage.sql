@@ -112,6 +112,15 @@ ALTER TABLE keyvault.usage_records_bare ENABLE TRIGGER ALL;
 TABLE pg_temp.wrong;
 SELECT keyvault.rebuild_usage_daily() > 0 AS rebuilt;
 TABLE pg_temp.wrong;
+-- What makes a lost row again truncates nothing, which a subscriber would carry out.
+BEGIN;
+CREATE FUNCTION pg_temp.refuse() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN RAISE EXCEPTION '% of %', TG_OP, TG_TABLE_NAME; END$$;
+CREATE TRIGGER refuse BEFORE TRUNCATE ON keyvault.usage_rollup FOR EACH STATEMENT EXECUTE FUNCTION pg_temp.refuse();
+DELETE FROM keyvault.usage_rollup;
+SELECT keyvault.rebuild_usage_daily() > 0 AS rebuilt;
+TABLE pg_temp.wrong;
+SELECT count(*) FROM keyvault.usage_rollup;
+ROLLBACK;
 
 -- The other views say the same.
 SELECT user_id, month, calls, tokens, credits FROM keyvault.usage_by_month WHERE user_id LIKE 'us\_%' AND month < '2021-04-01' ORDER BY 1, 2;

@@ -101,6 +101,10 @@ is_copy('moved there');
 ok(wait_until(sub { there('SELECT sum(calls) FROM keyvault.usage_daily') eq here('SELECT count(*) FROM keyvault.usage_records') }), 'usage is added up there');
 is_copy('added up');
 is(there('SELECT tag_base FROM keyvault.usage_rollup'), $base, 'by a roll-up of its own');
+# The publisher makes its row, which was lost, again.
+here('BEGIN; DELETE FROM keyvault.usage_rollup; SELECT keyvault.rebuild_usage_daily(); COMMIT');
+is_copy('rebuilt here');
+is(there('SELECT tag_base FROM keyvault.usage_rollup'), $base, 'the subscriber keeps its own');
 
 # It takes over.
 my $used = there("SELECT credits_used FROM keyvault.credit_balances WHERE user_id = 'poor'");
