@@ -21,6 +21,7 @@
 #include "crypto/data_key_wrap.h"
 #include "crypto/master_key_rotation.h"
 #include "crypto/vault_id.h"
+#include "miscadmin.h"
 #include "utils/builtins.h"
 
 /* Columns of keyvault.data_keys. */
@@ -110,7 +111,7 @@ kv_data_key_create(const char *user_id, uint32 version)
 /*
  * Lock the latest version of a user's data key against deletion, or against all other use,
  * and return its number; 0 when there is none. A rotation that was waited for has put
- * another in its place, which only a second look sees.
+ * another in its place, which only a further look sees; that may have waited for the next.
  */
 uint32
 kv_data_key_lock(const char *user_id, bool exclusive)
@@ -121,14 +122,19 @@ kv_data_key_lock(const char *user_id, bool exclusive)
 	static KvStatement update = {
 		"SELECT version FROM keyvault.data_keys WHERE user_id = $1 ORDER BY version DESC FOR UPDATE", 1, {TEXTOID}
 	};
+	static KvStatement any = {"SELECT EXISTS (SELECT FROM keyvault.data_keys WHERE user_id = $1)", 1, {TEXTOID}};
 	Datum		value = CStringGetTextDatum(user_id);
-	Datum		version;
 	bool		isnull;
 
-	version = kv_statement_value(exclusive ? &update : &share, &value, NULL, &isnull);
-	if (isnull)
-		version = kv_statement_value(exclusive ? &update : &share, &value, NULL, &isnull);
-	return isnull ? 0 : DatumGetInt32(version);
+	do
+	{
+		Datum		version = kv_statement_value(exclusive ? &update : &share, &value, NULL, &isnull);
+
+		if (!isnull)
+			return DatumGetInt32(version);
+		CHECK_FOR_INTERRUPTS();
+	} while (DatumGetBool(kv_statement_value(&any, &value, NULL, &isnull)));
+	return 0;
 }
 
 /*
