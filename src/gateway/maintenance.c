@@ -48,8 +48,8 @@ static Job	jobs[] = {
 static bool nobody = true;
 static uint64 looked_after_wakeups = UINT64_MAX;
 
-/* Rotations that were asked for are done without users, and without maintenance: when to go on with these. */
-static TimestampTz asked_due_at = DT_NOEND;
+/* Rotations that were asked for are done without users, and without maintenance: when to look for them, at first at once. */
+static TimestampTz asked_due_at = 0;
 
 /* Not inlined: gcc would take its variables for ones that a longjmp may clobber. */
 static pg_noinline Job *
@@ -100,13 +100,14 @@ kv_maintenance_due_at(void)
 	return is_limited() ? asked_due_at : next_job()->due_at;
 }
 
-/* Do no job later than the interval as it is now says. */
+/* Do no job later than the interval as it is now says, and look for what was left to the worker. */
 void
 kv_maintenance_reload(void)
 {
 	TimestampTz now = GetCurrentTimestamp();
 
 	looked_after_wakeups = UINT64_MAX;
+	asked_due_at = 0;
 	for (size_t i = 0; i < lengthof(jobs); i++)
 		jobs[i].due_at = Min(jobs[i].due_at, TimestampTzPlusMilliseconds(now, delay_of(&jobs[i])));
 }

@@ -110,6 +110,13 @@ is(state_of($node, "SELECT keyvault.store_platform_key('exa', 'platforms-own-key
 	set_config($node, 'keyvault.maintenance_interval', '0');
 	$node->safe_psql('postgres', "SELECT keyvault.rotate_data_key('after'), keyvault.rotate_data_key('boxed')");
 	ok(wait_until(sub { $node->safe_psql('postgres', "$version AND NOT EXISTS (SELECT FROM keyvault.rotation_requests)") eq '4' }), 'without maintenance, too');
+	set_config($node, 'keyvault.databases', 'none');
+	wait_until(sub { worker_pid($node) eq '' }) or die 'the worker stays';
+	$node->safe_psql('postgres', "SELECT keyvault.rotate_data_key('after')");
+	set_config($node, 'keyvault.reveal', undef);
+	set_config($node, 'keyvault.databases', undef);
+	ok(wait_until(sub { $node->safe_psql('postgres', "$version AND NOT EXISTS (SELECT FROM keyvault.rotation_requests)") eq '5' }), 'and when reveal has been turned on since');
+	set_config($node, 'keyvault.reveal', 'off');
 	set_config($node, 'keyvault.maintenance_interval', undef);
 	$node->safe_psql('postgres', 'CREATE DATABASE userless');
 	$node->safe_psql('userless', 'CREATE EXTENSION keyvault CASCADE');
