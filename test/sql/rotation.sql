@@ -191,6 +191,11 @@ SELECT 'rot_a', keyvault.uuidv7(), 'exa', 'box', '\x01' || key_id || sha256('x')
 SELECT count(*) AS jobs FROM keyvault.run_maintenance('purge');
 SELECT count(*) AS needed FROM keyvault.sealing_keys;
 DELETE FROM keyvault.api_keys WHERE user_id = 'rot_a' AND name = 'box';
+-- with an old snapshot nobody knows who needs them
+BEGIN ISOLATION LEVEL REPEATABLE READ;
+SELECT count(*) AS jobs FROM keyvault.run_maintenance('purge');
+COMMIT;
+SELECT count(*) AS kept FROM keyvault.sealing_keys;
 SELECT count(*) AS jobs FROM keyvault.run_maintenance('purge');
 SELECT count(*) AS left FROM keyvault.sealing_keys;
 
