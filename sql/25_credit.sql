@@ -43,7 +43,7 @@ SELECT pg_catalog.pg_extension_config_dump('keyvault.credit_balances', '');
 
 -- Not WHERE slot = 0: while the table is new the planner would take it for looking up one balance, and scan it all.
 CREATE INDEX credit_balances_due ON keyvault.credit_balances (due_at);
--- A debit looks for slot 0 by its user alone, which is a quarter of the way down the primary key.
+-- A debit looks for slot 0 by its user alone, which is a shorter way than down the primary key.
 CREATE INDEX credit_balances_user_id ON keyvault.credit_balances USING hash (user_id) WHERE slot = 0;
 
 -- What a balance was before a period or a plan ended: with it, history can be proved.

@@ -5,9 +5,10 @@
  * A budget begins with what was used already. A debit keeps the balance's row lock until
  * its transaction ends, so that whoever makes a budget waits for it; a use of no credits
  * has a lock in common with the other users of its bucket instead, and the maker of a
- * budget takes it for itself, before the row's: it waits for those that have not ended
- * and holds nothing yet that they may need. Nobody waits for the lock to use it in
- * common: a use that finds it taken goes the way of a debit.
+ * budget takes it for itself, before the row's: it waits for those that have not ended,
+ * and its statement holds nothing yet that they may need; what its transaction did before
+ * may. Nobody waits for the lock to use it in common: a use that finds it taken goes the
+ * way of a debit.
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"

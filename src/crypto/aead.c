@@ -123,7 +123,7 @@ forget_key(EVP_MAC_CTX *context)
 	(void) EVP_MAC_init(context, zeros, sizeof(zeros), NULL);
 }
 
-/* HMAC of pieces, under the context's last key if none is given: that takes half of the time. */
+/* HMAC of pieces, under the context's last key if none is given: that need not be absorbed again. */
 static void
 compute_hmac(EVP_MAC_CTX *context, Bytes key, const Bytes *pieces, int n, uint8 *mac)
 {

@@ -61,6 +61,16 @@ secret_name(const pg_uuid_t *id)
 	return (KvSecretName) {.id = *id,.provider = "",.purpose = "sealing_key"};
 }
 
+/* Delete pairs that no box is taken for and no stored box needs; returns how many. Call between kv_owner_begin and kv_owner_end. */
+int64
+kv_sealing_key_forget_retired(void)
+{
+	static KvStatement forget = {"SELECT keyvault._forget_sealing_keys()", 0};
+	bool		isnull;
+
+	return DatumGetInt64(kv_statement_value(&forget, NULL, NULL, &isnull));
+}
+
 /* Make a pair, and delete those whose boxes nobody takes any more. Call between kv_owner_begin and kv_owner_end. */
 void
 kv_sealing_key_make(void)
@@ -70,7 +80,6 @@ kv_sealing_key_make(void)
 		" VALUES ($1, $2, $3, $4, now() + make_interval(secs => $5 * 2.0))",
 		5, {BYTEAOID, UUIDOID, BYTEAOID, BYTEAOID, INT4OID}
 	};
-	static KvStatement clean = {"SELECT keyvault._forget_sealing_keys()", 0};
 	KvDataKey  *data_key = kv_data_key_ensure(KV_PLATFORM_USER);
 	KvBoxKey   *key = kv_secret_alloc(sizeof(KvBoxKey));
 	KvSecretName name = secret_name(kv_uuid_make());
@@ -82,7 +91,7 @@ kv_sealing_key_make(void)
 	values[2] = PointerGetDatum(make_bytea(key->public_key, KV_BOX_PUBLIC_KEY_SIZE));
 	values[3] = PointerGetDatum(kv_envelope_seal(data_key, &name, (const char *) key->private_key, KV_BOX_PRIVATE_KEY_SIZE));
 	values[4] = Int32GetDatum(kv_sealing_key_lifetime);
-	kv_statement_execute(&clean, NULL, NULL);
+	(void) kv_sealing_key_forget_retired();
 	kv_statement_execute(&insert, values, NULL);
 	kv_secret_wipe(key, sizeof(KvBoxKey));
 }
@@ -218,6 +227,27 @@ kv_sealing_key_hold(const bytea *box)
 				(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
 				 errmsg("the key that this one is sealed to has just been replaced"),
 				 errhint("Retry the transaction; seal a key of keyvault.store_sealed_api_key() to keyvault.sealing_key() again.")));
+}
+
+/*
+ * Seal a secret where this process may not open it: in a box that is the worker's to open, and
+ * whose key is held. Call between kv_owner_begin and kv_owner_end. Errors: KV004, 25006, 40001.
+ */
+bytea *
+kv_sealing_key_seal_box(const char *label, const char *user_id, const char *context, const char *secret, Size length)
+{
+	KvBoxBinding binding = {.label = label,.user_id = user_id,.context = context};
+	KvBoxKey	key;
+	bytea	   *box;
+
+	kv_sealing_key_ensure(&key);
+	/* The worker may just have made the vault, with the key. */
+	kv_owner_fresh_snapshot_begin();
+	kv_vault_id_get(&binding.vault_id);
+	kv_owner_fresh_snapshot_end();
+	box = kv_sealed_box_seal(&key, &binding, secret, length);
+	kv_sealing_key_hold(box);
+	return box;
 }
 
 /*

@@ -14,14 +14,12 @@
 
 #include "vault/call_key.h"
 
-#include "base/owner_spi.h"
 #include "base/pg_version.h"
 #include "base/secret.h"
 #include "crypto/aead.h"
 #include "crypto/associated_data.h"
 #include "crypto/reveal.h"
 #include "crypto/sealing_key.h"
-#include "crypto/vault_id.h"
 #include "utils/builtins.h"
 #include "utils/fmgrprotos.h"
 
@@ -119,18 +117,10 @@ bytea *
 kv_call_key_seal(const char *user_id, const pg_uuid_t *request_id, const char *key)
 {
 	bytea	   *sealed = seal_for_this_run(user_id, request_id, key);
-	KvBoxBinding binding = {.label = label,.user_id = user_id,.context = box_context(request_id)};
-	KvBoxKey	box_key;
 
 	if (kv_reveal_may_open())
 		return with_kind(UNDER_RUN_KEY, VARDATA(sealed), VARSIZE(sealed) - VARHDRSZ);
-	kv_sealing_key_ensure(&box_key);
-	/* The worker may just have made it, with the sealing key. */
-	kv_owner_fresh_snapshot_begin();
-	kv_vault_id_get(&binding.vault_id);
-	kv_owner_fresh_snapshot_end();
-	sealed = kv_sealed_box_seal(&box_key, &binding, VARDATA(sealed), VARSIZE(sealed) - VARHDRSZ);
-	kv_sealing_key_hold(sealed);
+	sealed = kv_sealing_key_seal_box(label, user_id, box_context(request_id), VARDATA(sealed), VARSIZE(sealed) - VARHDRSZ);
 	return with_kind(IN_BOX, VARDATA(sealed), VARSIZE(sealed) - VARHDRSZ);
 }
 

@@ -22,6 +22,7 @@
 #include "crypto/envelope.h"
 #include "crypto/reveal.h"
 #include "crypto/rotation_request.h"
+#include "crypto/sealing_key.h"
 #include "fmgr.h"
 #include "identity/identity.h"
 #include "identity/user.h"
@@ -152,12 +153,11 @@ forget_versions_before(const char *user_id, uint32 version)
 static uint32
 rotate(const char *user_id, uint32 expected)
 {
-	static KvStatement clean = {"SELECT keyvault._forget_sealing_keys()", 0};
 	KvDataKey  *to;
 	uint32		version;
 
 	if (*user_id == '\0')
-		kv_statement_execute(&clean, NULL, NULL);
+		(void) kv_sealing_key_forget_retired();
 	else
 		kv_user_lock(user_id, false);
 	version = kv_data_key_lock(user_id, true);
@@ -286,15 +286,13 @@ Datum
 keyvault_retire_sealing_keys(PG_FUNCTION_ARGS)
 {
 	static KvStatement retire = {"UPDATE keyvault.sealing_keys SET retired_at = now() WHERE retired_at > now()", 0};
-	static KvStatement clean = {"SELECT keyvault._forget_sealing_keys()", 0};
 	KvOwnerScope scope;
-	bool		isnull;
 	int64		forgotten;
 
 	require_rights();
 	kv_owner_begin(&scope);
 	kv_statement_execute(&retire, NULL, NULL);
-	forgotten = DatumGetInt64(kv_statement_value(&clean, NULL, NULL, &isnull));
+	forgotten = kv_sealing_key_forget_retired();
 	kv_owner_end(&scope);
 	PG_RETURN_INT64(forgotten);
 }

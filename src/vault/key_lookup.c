@@ -50,7 +50,7 @@ static KvIndex by_name = {{"api_keys"}, {"api_keys_user_id_provider_name_key"}, 
 static KvIndex by_user = {{"api_keys"}, {"api_keys_user_id"}, 1, {TEXTOID}};
 static KvIndex by_user_of_name = {{"api_keys"}, {"api_keys_user_id_provider_name_key"}, 1, {TEXTOID}};
 
-/* Keys of a user up to which looking at each is faster than the longer way to the one of a name. */
+/* Keys of a user that are looked at each; the one of a name among more is found by the index of names. */
 #define FEW_KEYS 16
 
 static bool
@@ -62,24 +62,20 @@ is_expired(KvIndexScan *scan)
 	return !isnull && DatumGetTimestampTz(expires_at) <= GetCurrentTimestamp();
 }
 
-/* Is the current row's key kept elsewhere? */
 static bool
-is_reference(KvIndexScan *scan)
-{
-	bool		isnull;
-	text	   *source = DatumGetTextPP(kv_index_scan_value(scan, API_KEYS_SOURCE, &isnull));
-
-	return VARSIZE_ANY_EXHDR(source) == strlen("reference") && memcmp(VARDATA_ANY(source), "reference", strlen("reference")) == 0;
-}
-
-static bool
-column_equals(KvIndexScan *scan, int attribute, text *value)
+column_is(KvIndexScan *scan, int attribute, const char *value, Size length)
 {
 	bool		isnull;
 	text	   *stored = DatumGetTextPP(kv_index_scan_value(scan, attribute, &isnull));
 
-	return VARSIZE_ANY_EXHDR(stored) == VARSIZE_ANY_EXHDR(value) &&
-		memcmp(VARDATA_ANY(stored), VARDATA_ANY(value), VARSIZE_ANY_EXHDR(value)) == 0;
+	return VARSIZE_ANY_EXHDR(stored) == length && memcmp(VARDATA_ANY(stored), value, length) == 0;
+}
+
+/* Is the current row's key kept elsewhere? */
+static bool
+is_reference(KvIndexScan *scan)
+{
+	return column_is(scan, API_KEYS_SOURCE, "reference", strlen("reference"));
 }
 
 /* Begin a scan, and step to the key that is named by user, provider and name; false when there is none. */
@@ -87,6 +83,8 @@ static bool
 find_by_name(KvIndexScan *scan, const Datum *names)
 {
 	KvIndex    *index = kv_index_or(&by_user, &by_name);
+	text	   *provider = DatumGetTextPP(names[1]);
+	text	   *name = DatumGetTextPP(names[2]);
 
 	kv_index_scan_begin(scan, index, names);
 	if (index == &by_name)
@@ -95,8 +93,8 @@ find_by_name(KvIndexScan *scan, const Datum *names)
 	{
 		if (!kv_index_scan_next(scan, ForwardScanDirection))
 			return false;
-		if (column_equals(scan, API_KEYS_PROVIDER, DatumGetTextPP(names[1])) &&
-			column_equals(scan, API_KEYS_NAME, DatumGetTextPP(names[2])))
+		if (column_is(scan, API_KEYS_PROVIDER, VARDATA_ANY(provider), VARSIZE_ANY_EXHDR(provider)) &&
+			column_is(scan, API_KEYS_NAME, VARDATA_ANY(name), VARSIZE_ANY_EXHDR(name)))
 			return true;
 	}
 	kv_index_scan_end(scan);

@@ -21,7 +21,6 @@
 #include "crypto/envelope.h"
 #include "crypto/reveal.h"
 #include "crypto/sealing_key.h"
-#include "crypto/vault_id.h"
 #include "identity/user.h"
 #include "miscadmin.h"
 #include "utils/builtins.h"
@@ -211,20 +210,12 @@ static void
 write_box(const KvNewKey *key, pg_uuid_t *id)
 {
 	static KvStatement wake = {"SELECT keyvault._wake_worker()", 0};
-	KvBoxBinding binding = {.label = KV_BOX_LABEL,.user_id = key->user_id,.context = key->provider};
-	KvBoxKey	box_key;
 	bytea	   *box = key->box;
 
-	if (box == NULL)
-	{
-		kv_sealing_key_ensure(&box_key);
-		/* The worker may just have made it, with the sealing key. */
-		kv_owner_fresh_snapshot_begin();
-		kv_vault_id_get(&binding.vault_id);
-		kv_owner_fresh_snapshot_end();
-		box = kv_sealed_box_seal(&box_key, &binding, key->secret, strlen(key->secret));
-	}
-	kv_sealing_key_hold(box);
+	if (box)
+		kv_sealing_key_hold(box);
+	else
+		box = kv_sealing_key_seal_box(KV_BOX_LABEL, key->user_id, key->provider, key->secret, strlen(key->secret));
 	write_row_or_beside(key, id, box);
 	kv_statement_execute(&wake, NULL, NULL);
 }
