@@ -106,7 +106,7 @@ finds_planted() {
 		fuzzed_sources() { echo "$work/src/vault/env_file.c"; }
 		build_target env_file planted
 	)
-	if "$work/planted" -max_total_time=30 -max_len=4096 -dict=test/fuzz/dictionary -artifact_prefix="$work/" "$corpus" > "$work/planted.log" 2>&1; then
+	if "$work/planted" -runs=1000000 -max_len=4096 -dict=test/fuzz/dictionary -artifact_prefix="$work/" "$corpus" > "$work/planted.log" 2>&1; then
 		count planted 0 1
 	else
 		grep -q 'heap-buffer-overflow' "$work/planted.log"
