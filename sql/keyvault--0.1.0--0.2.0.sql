@@ -168,11 +168,8 @@ BEGIN
         RAISE EXCEPTION 'monthly credits must be between 0 and 999999999999'
             USING ERRCODE = 'invalid_parameter_value', HINT = 'Leave monthly_credits out for the plan''s own.';
     END IF;
-    SELECT * INTO u FROM keyvault.users WHERE user_id = $1 FOR NO KEY UPDATE;
-    IF NOT FOUND THEN
-        RAISE EXCEPTION 'user "%" does not exist', $1
-            USING ERRCODE = 'invalid_parameter_value', HINT = 'Create it with keyvault.upsert_user().';
-    END IF;
+    PERFORM keyvault._ensure_user($1, true);
+    SELECT * INTO STRICT u FROM keyvault.users WHERE user_id = $1 FOR NO KEY UPDATE;
     -- What was due before is done under the plan before.
     b := keyvault._spend_extra(keyvault._lock_balance($1, false));
     IF b.monthly_credits IS DISTINCT FROM agreed + b.credits_covered OR u.plan <> $2 THEN
@@ -202,7 +199,7 @@ CREATE FUNCTION keyvault.set_plan(user_id text, plan text, monthly_credits numer
 REVOKE ALL ON FUNCTION keyvault.set_plan(user_id text, plan text, monthly_credits numeric) FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault.set_plan(text, text, numeric) IS
-    'Puts a user on a plan at once: its monthly credits, or those agreed with the user, count from now; what was used this period stays used, and what an earlier plan or a grant paid for stays paid. Errors: 42501, 22004, 22023 for an unknown user or plan or a bad amount.';
+    'Puts a user on a plan at once: its monthly credits, or those agreed with the user, count from now; what was used this period stays used, and what an earlier plan or a grant paid for stays paid. A user who does not exist yet is made where keyvault.create_users is on. Errors: 42501, 22004, 22023 for an unknown plan, a bad amount, or an unknown user where users are not made.';
 
 CREATE FUNCTION keyvault._set_user_status(user_id text, status text, reason text) RETURNS void
     LANGUAGE plpgsql

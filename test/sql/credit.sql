@@ -40,7 +40,12 @@ SELECT plan, monthly_credits, credits_used, credits_remaining FROM keyvault.cred
 SELECT keyvault.set_plan('cr_a', 'free');
 SELECT plan, monthly_credits, credits_used, credits_remaining FROM keyvault.credit_status WHERE user_id = 'cr_a';
 SELECT keyvault.set_plan('cr_a', 'gold');
+-- A customer who pays before the first use.
+SELECT keyvault.set_plan('cr_pays', 'pro');
+SELECT plan, monthly_credits, credits_used, credits_remaining FROM keyvault.credit_status WHERE user_id = 'cr_pays';
+SET keyvault.create_users = off;
 SELECT keyvault.set_plan('cr_nobody', 'pro');
+RESET keyvault.create_users;
 SELECT keyvault.upsert_user('cr_a', plan => 'gold');
 SELECT keyvault.upsert_user(NULL);
 
