@@ -291,6 +291,8 @@ DECLARE
     cost numeric := 0;
     owed numeric := 0;
     charged numeric := 0;
+    -- A provider that is in trouble says nothing of the key.
+    verdict constant text := CASE WHEN $13 THEN 'failed' WHEN $5 < 500 THEN 'active' END;
     bill record;
 BEGIN
     UPDATE keyvault.requests SET status = $4, finished_at = clock_timestamp(), error = $7, call_key = NULL
@@ -329,11 +331,11 @@ BEGIN
             r.payer);
     -- One write a minute tells enough about a busy key, and its row is not fought over.
     UPDATE keyvault.api_keys k
-       SET last_used_at = now(), status = CASE WHEN $13 THEN 'failed' ELSE 'active' END
+       SET last_used_at = now(), status = coalesce(verdict, k.status)
      WHERE k.user_id = CASE r.payer WHEN 'user' THEN $1 ELSE '' END AND k.id = r.api_key_id AND $5 IS NOT NULL AND k.problem IS NULL
        AND k.rotated_at IS NOT DISTINCT FROM r.key_rotated_at
        AND (k.last_used_at IS NULL OR k.last_used_at < now() - interval '1 minute'
-            OR k.status <> CASE WHEN $13 THEN 'failed' ELSE 'active' END);
+            OR k.status <> verdict);
     RETURN true;
 END $$;
 COMMENT ON FUNCTION keyvault._settle_request(text, uuid, integer, text, integer, jsonb, text, text, bigint, bigint, bigint, numeric, boolean) IS

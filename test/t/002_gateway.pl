@@ -135,6 +135,13 @@ is(usage_of($refused->{id})->{credits}, undef, 'a failure costs nothing');
 $node->safe_psql('postgres', "SELECT keyvault.store_api_key('openai', 'sk-tap-revoked-own-key', user_id => 'tap')");
 answer('openai', chat('hello'));
 is($node->safe_psql('postgres', "SELECT status FROM keyvault.api_key_status WHERE user_id = 'tap'"), 'failed', '401 marks the key failed');
+my $status = "SELECT status FROM keyvault.api_key_status WHERE user_id = 'tap' AND provider = 'openai'";
+$node->safe_psql('postgres', q(SELECT keyvault.store_api_key('openai', 'sk-tap-own-key-of-the-user', user_id => 'tap')));
+$node->safe_psql('postgres', q(UPDATE keyvault.api_keys SET status = 'failed' WHERE user_id = 'tap' AND provider = 'openai'));
+answer('openai', chat('[[mock: status=501]]'));
+is($node->safe_psql('postgres', $status), 'failed', q(a provider's own trouble says nothing of the key));
+answer('openai', chat('[[mock: status=400]]'));
+is($node->safe_psql('postgres', $status), 'active', 'another answer does');
 $node->safe_psql('postgres', "SELECT keyvault.store_api_key('gemini', 'invalid-own-key', user_id => 'tap')");
 answer('gemini', $prompt{gemini}->('delay=1'), model => "'gemini-3.5-flash'");
 is($node->safe_psql('postgres', "SELECT status FROM keyvault.api_key_status WHERE user_id = 'tap' AND provider = 'gemini'"), 'failed',
