@@ -148,7 +148,7 @@ static void
 define_key_use_settings(void)
 {
 	DefineCustomIntVariable("keyvault.key_use_table_size",
-							"Keys whose uses can be noted between two flushes, 290 bytes each; fewer than 8 for none.",
+							"Keys whose uses can be noted between two flushes, 290 bytes each; fewer than 16 for none.",
 							NULL, &kv_key_use_table_size, 32768, 0, 1048576, PGC_POSTMASTER, 0, NULL, NULL, NULL);
 	DefineCustomIntVariable("keyvault.key_use_flush_interval",
 							"How long uses of keys wait to be written to the table.",

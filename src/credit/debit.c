@@ -188,7 +188,8 @@ add_debit(const Debit *key, int64 micro_credits)
 	if (pg_add_s64_overflow(debit->micro_credits, micro_credits, &debit->micro_credits))
 		ereport(ERROR,
 				(errcode(ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE),
-				 errmsg("credits of one statement are out of range")));
+				 errmsg("credits of one statement are out of range"),
+				 errhint("A statement can debit a user 9223372036854 credits; use several.")));
 }
 
 /* Note what a row costs. The first user of a statement is kept apart: mostly it is the only one. */

@@ -336,7 +336,8 @@ keyvault_rotate_master_key_in_batches(PG_FUNCTION_ARGS)
 	if (batch < 1 || batch > BATCH_MAX)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-				 errmsg("batch must be 1 to %d", BATCH_MAX)));
+				 errmsg("batch must be 1 to %d", BATCH_MAX),
+				 errhint("It is how many data keys are wrapped again in one transaction.")));
 	if (SPI_connect_ext(SPI_OPT_NONATOMIC) != SPI_OK_CONNECT)
 		ereport(ERROR,
 				(errcode(ERRCODE_INTERNAL_ERROR), errmsg("could not connect to SPI")));

@@ -7,6 +7,7 @@
 
 #include "identity/user.h"
 
+#include "base/argument.h"
 #include "base/error.h"
 #include "base/index_scan.h"
 #include "base/owner_spi.h"
@@ -141,9 +142,7 @@ change_user(FunctionCallInfo fcinfo, KvStatement *change)
 	char		nulls[3] = "  ";
 	KvOwnerScope scope;
 
-	if (PG_ARGISNULL(0))
-		ereport(ERROR,
-				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("user_id must not be null")));
+	kv_argument_require(fcinfo, 0, "user_id");
 	(void) kv_identity_check_user_id(PG_GETARG_TEXT_PP(0));
 	require_account_rights();
 	if (PG_NARGS() > 1 && !PG_ARGISNULL(1))

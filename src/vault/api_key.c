@@ -80,7 +80,8 @@ kv_api_key_name(FunctionCallInfo fcinfo, int argument)
 	if (*name == '\0' || strlen(name) >= NAMEDATALEN)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-				 errmsg("name of an API key must be 1 to %d bytes long", NAMEDATALEN - 1)));
+				 errmsg("name of an API key must be 1 to %d bytes long", NAMEDATALEN - 1),
+				 errhint("Leave it out for \"default\".")));
 	if (kv_secret_text_has_key_shape(name))
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),

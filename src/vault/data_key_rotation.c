@@ -262,7 +262,8 @@ keyvault_rotate_data_keys(PG_FUNCTION_ARGS)
 				 errhint("Pass '0' for every data key.")));
 	if (batch < 1 || batch > BATCH_MAX)
 		ereport(ERROR,
-				(errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("batch must be 1 to %d", BATCH_MAX)));
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("batch must be 1 to %d", BATCH_MAX),
+				 errhint("It is how many users' data keys one call renews.")));
 	kv_owner_begin(&scope);
 	n = kv_statement_execute(&find, values, NULL);
 	users = SPI_tuptable;

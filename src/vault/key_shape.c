@@ -21,7 +21,7 @@
 #include "utils/fmgrprotos.h"
 
 /* A hint shows the ends of keys at least this long; of a shorter one it would show too much. */
-#define HINT_LENGTH_MIN	20
+#define HINT_LENGTH_MIN	16
 
 /* How keys begin that say whose they are. */
 static const struct

@@ -42,6 +42,10 @@ SELECT count(DISTINCT fingerprint) AS fingerprints, count(DISTINCT ciphertext) A
 SELECT keyvault.store_api_key('xai', 'sk-regress-second-of-a', 'twin', 'key_a') IS NOT NULL AS stored;
 SELECT keyvault.delete_api_key('xai', 'twin', 'key_a');
 
+-- A hint shows the ends of a key, but of one so short that they would be too much of it.
+SELECT count(keyvault.store_api_key('exa', left('exa0123456789abcdef', length), 'of' || length, 'key_h')) FROM unnest('{15,16}'::integer[]) length;
+SELECT name, hint FROM keyvault.api_key_status WHERE user_id = 'key_h' ORDER BY 1;
+
 -- Replacing keeps the id, and notes a change of the value only.
 CREATE TEMP TABLE before AS SELECT id, ciphertext FROM keyvault.api_keys WHERE user_id = 'key_a' AND provider = 'exa';
 SELECT keyvault.store_api_key('exa', 'short-aa', user_id => 'key_a') = id AS same_id FROM before;
