@@ -103,23 +103,14 @@ CREATE POLICY read_by_access ON keyvault.credit_notices FOR SELECT
     USING ((SELECT keyvault._may_read_all_usage()));
 
 CREATE FUNCTION keyvault._period_bound(anchor timestamptz, number integer) RETURNS timestamptz
-    LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN ((anchor AT TIME ZONE 'UTC') + make_interval(months => number)) AT TIME ZONE 'UTC';
+    LANGUAGE c STABLE STRICT PARALLEL SAFE
+    AS 'MODULE_PATHNAME', 'keyvault_period_bound';
 COMMENT ON FUNCTION keyvault._period_bound(timestamptz, integer) IS
     'When period number begins: anchor + number months in UTC, each computed from the anchor, so that the 31st comes back after a short month.';
 
 CREATE FUNCTION keyvault._period_number(anchor timestamptz, at timestamptz) RETURNS integer
-    LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
-    SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    first_begins timestamp := anchor AT TIME ZONE 'UTC';
-    utc timestamp := at AT TIME ZONE 'UTC';
-    months integer := (date_part('year', utc) - date_part('year', first_begins)) * 12
-                      + date_part('month', utc) - date_part('month', first_begins);
-BEGIN
-    RETURN months - (first_begins + make_interval(months => months) > utc)::integer;
-END $$;
+    LANGUAGE c STABLE STRICT PARALLEL SAFE
+    AS 'MODULE_PATHNAME', 'keyvault_period_number';
 COMMENT ON FUNCTION keyvault._period_number(timestamptz, timestamptz) IS
     'The number of the period that contains at; 0 begins at the anchor.';
 

@@ -140,9 +140,9 @@ BEGIN
             END IF;
             more := done > 0;
         WHEN 'reset' THEN
-            -- Few at a time: a debit of one of them waits for the batch.
-            done := keyvault._reset_due_credits(least(batch, 250));
-            more := done >= least(batch, 250);
+            -- Few at a time: a debit of one of them waits for the batch, and any debit for its WAL.
+            done := keyvault._reset_due_credits(least(batch, 20));
+            more := done >= least(batch, 20);
             detail := 'balances whose period ended';
         WHEN 'purge' THEN
             SELECT p.purged, p.more INTO done, more FROM keyvault._purge(batch) p;

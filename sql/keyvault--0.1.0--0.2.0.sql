@@ -414,18 +414,13 @@ CREATE POLICY own_rows ON keyvault.credit_notices FOR SELECT
 CREATE POLICY read_by_access ON keyvault.credit_notices FOR SELECT
     USING ((SELECT keyvault._may_read_all_usage()));
 
+CREATE OR REPLACE FUNCTION keyvault._period_bound(anchor timestamptz, number integer) RETURNS timestamptz
+    LANGUAGE c STABLE STRICT PARALLEL SAFE
+    AS 'MODULE_PATHNAME', 'keyvault_period_bound';
+
 CREATE OR REPLACE FUNCTION keyvault._period_number(anchor timestamptz, at timestamptz) RETURNS integer
-    LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
-    SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    first_begins timestamp := anchor AT TIME ZONE 'UTC';
-    utc timestamp := at AT TIME ZONE 'UTC';
-    months integer := (date_part('year', utc) - date_part('year', first_begins)) * 12
-                      + date_part('month', utc) - date_part('month', first_begins);
-BEGIN
-    RETURN months - (first_begins + make_interval(months => months) > utc)::integer;
-END $$;
+    LANGUAGE c STABLE STRICT PARALLEL SAFE
+    AS 'MODULE_PATHNAME', 'keyvault_period_number';
 
 CREATE FUNCTION keyvault._keep_due() RETURNS trigger
     LANGUAGE plpgsql
@@ -4696,9 +4691,9 @@ BEGIN
             END IF;
             more := done > 0;
         WHEN 'reset' THEN
-            -- Few at a time: a debit of one of them waits for the batch.
-            done := keyvault._reset_due_credits(least(batch, 250));
-            more := done >= least(batch, 250);
+            -- Few at a time: a debit of one of them waits for the batch, and any debit for its WAL.
+            done := keyvault._reset_due_credits(least(batch, 20));
+            more := done >= least(batch, 20);
             detail := 'balances whose period ended';
         WHEN 'purge' THEN
             SELECT p.purged, p.more INTO done, more FROM keyvault._purge(batch) p;

@@ -14,10 +14,7 @@
 
 #include "credit/balance.h"
 
-#include "access/tableam.h"
-#include "access/transam.h"
 #include "access/xact.h"
-#include "base/error.h"
 #include "base/index_scan.h"
 #include "base/owner_spi.h"
 #include "base/pg_version.h"
@@ -26,49 +23,23 @@
 #include "commands/trigger.h"
 #include "common/int.h"
 #include "credit/amount.h"
+#include "credit/balance_row.h"
 #include "credit/free_use.h"
+#include "credit/renewal.h"
 #include "executor/executor.h"
 #include "miscadmin.h"
 #include "storage/lmgr.h"
 #include "utils/builtins.h"
 #include "utils/snapmgr.h"
-#include "utils/timestamp.h"
 
 /* As in keyvault._split_balance(). */
 #define SLOTS 32
-
-/* Columns of keyvault.credit_balances. */
-enum
-{
-	BALANCE_USER_ID = 1,
-	BALANCE_SLOT,
-	BALANCE_MONTHLY_CREDITS,
-	BALANCE_EXTRA_CREDITS,
-	BALANCE_CREDITS_USED,
-	BALANCE_CREDITS_HELD,
-	BALANCE_PERIOD_ANCHOR,
-	BALANCE_PERIOD_START,
-	BALANCE_PERIOD_END,
-	BALANCE_DUE_AT,
-	BALANCE_NOTICE_AT,
-	BALANCE_CREDITS_LENT,
-};
-
-/* An amount of the row; NULL where the column is. */
-static Numeric
-amount_of(TupleTableSlot *row, int attribute)
-{
-	bool		isnull;
-	Datum		value = slot_getattr(row, attribute, &isnull);
-
-	return isnull ? NULL : DatumGetNumeric(value);
-}
 
 /* Whether so much may be used without somebody taking notice. */
 static bool
 goes_unnoticed(TupleTableSlot *row, Numeric used)
 {
-	Numeric		notice_at = amount_of(row, BALANCE_NOTICE_AT);
+	Numeric		notice_at = kv_balance_row_amount(row, BALANCE_NOTICE_AT);
 
 	return notice_at == NULL || kv_amount_at_most(used, notice_at);
 }
@@ -77,84 +48,52 @@ goes_unnoticed(TupleTableSlot *row, Numeric used)
 static bool
 has_room(TupleTableSlot *row, Numeric amount, Numeric *used)
 {
-	bool		isnull;
-	Numeric		monthly = amount_of(row, BALANCE_MONTHLY_CREDITS);
+	Numeric		monthly = kv_balance_row_amount(row, BALANCE_MONTHLY_CREDITS);
 	Numeric		taken;
 
-	if (DatumGetTimestampTz(slot_getattr(row, BALANCE_DUE_AT, &isnull)) <= GetCurrentTransactionStartTimestamp())
+	if (kv_balance_row_is_due(row))
 		return false;
-	*used = kv_amount_add(amount_of(row, BALANCE_CREDITS_USED), amount);
+	*used = kv_amount_add(kv_balance_row_amount(row, BALANCE_CREDITS_USED), amount);
 	if (!goes_unnoticed(row, *used))
 		return false;
 	if (monthly == NULL)
 		return true;
-	taken = kv_amount_add(kv_amount_add(*used, amount_of(row, BALANCE_CREDITS_HELD)), amount_of(row, BALANCE_CREDITS_LENT));
-	return kv_amount_at_most(taken, kv_amount_add(monthly, amount_of(row, BALANCE_EXTRA_CREDITS)));
+	taken = kv_amount_add(kv_amount_add(*used, kv_balance_row_amount(row, BALANCE_CREDITS_HELD)), kv_balance_row_amount(row, BALANCE_CREDITS_LENT));
+	return kv_amount_at_most(taken, kv_amount_add(monthly, kv_balance_row_amount(row, BALANCE_EXTRA_CREDITS)));
 }
 
-/* Whether a trigger of the table has to see that credits_used changes. */
+/* Columns that a debit writes, and that the renewal of a plain balance does: a bit for each. */
+#define COLUMN(attribute) (UINT32_C(1) << (attribute))
+#define COLUMNS_OF_DEBIT COLUMN(BALANCE_CREDITS_USED)
+#define COLUMNS_OF_RENEWAL \
+	(COLUMN(BALANCE_MONTHLY_CREDITS) | COLUMN(BALANCE_CREDITS_USED) | COLUMN(BALANCE_PERIOD_START) | \
+	 COLUMN(BALANCE_PERIOD_END) | COLUMN(BALANCE_DUE_AT) | COLUMN(BALANCE_NOTICE_AT) | \
+	 COLUMN(BALANCE_CREDITS_COVERED) | COLUMN(BALANCE_CREDITS_OVERAGE))
+
+/* Whether a trigger has to see that one of the columns changes. What keep_due sees to is so here. */
 static bool
-has_trigger_on_debit(const TriggerDesc *triggers)
+concerns(const Trigger *trigger, uint32 columns)
 {
-	for (int i = 0; triggers && i < triggers->numtriggers; i++)
-	{
-		const Trigger *trigger = &triggers->triggers[i];
-		bool		concerns_debit = trigger->tgnattr == 0;
+	bool		result = trigger->tgnattr == 0; /* of all columns */
 
-		for (int j = 0; j < trigger->tgnattr; j++)
-			concerns_debit |= trigger->tgattr[j] == BALANCE_CREDITS_USED;
-		if (concerns_debit && TRIGGER_FOR_UPDATE(trigger->tgtype) && trigger->tgenabled != TRIGGER_DISABLED)
-			return true;
-	}
-	return false;
+	if (!TRIGGER_FOR_UPDATE(trigger->tgtype) || trigger->tgenabled == TRIGGER_DISABLED || strcmp(trigger->tgname, "keep_due") == 0)
+		return false;
+	for (int i = 0; i < trigger->tgnattr; i++)
+		result |= trigger->tgattr[i] <= BALANCE_CREDITS_OVERAGE && (columns & COLUMN(trigger->tgattr[i])) != 0;
+	return result;
 }
 
-/* Whether an UPDATE would do more than write the row: an administrator may have added to the table. */
+/* Whether an UPDATE of the columns would do more than write the row: an administrator may have added to the table. */
 static bool
-is_more_than_a_write(Relation balances)
+is_more_than_a_write(Relation balances, uint32 columns)
 {
 	const TupleConstr *constraints = RelationGetDescr(balances)->constr;
+	const TriggerDesc *triggers = balances->trigdesc;
 
-	return has_trigger_on_debit(balances->trigdesc) ||
-		(constraints && (constraints->num_check > 0 || constraints->has_generated_stored));
-}
-
-/* Enter a row version into every index; needed where there was no room for it on its page. */
-static void
-index_row(Relation balances, TupleTableSlot *row, KvUpdateIndexes update_indexes)
-{
-	EState	   *estate = CreateExecutorState();
-	ResultRelInfo *relation = makeNode(ResultRelInfo);
-
-	InitResultRelInfo(relation, balances, 0, NULL, 0);
-	ExecOpenIndices(relation, false);
-	(void) KvExecInsertIndexTuples(relation, row, estate, update_indexes);
-	ExecCloseIndices(relation);
-	FreeExecutorState(estate);
-}
-
-/* Write the row anew with used; TM_Updated when another transaction was faster. */
-static TM_Result
-write_used(Relation balances, TupleTableSlot *row, Numeric used)
-{
-	TupleTableSlot *changed = table_slot_create(balances, NULL);
-	TM_FailureData failure;
-	LockTupleMode lock_mode;
-	KvUpdateIndexes update_indexes = {0};
-	TM_Result	result;
-	int			natts = RelationGetDescr(balances)->natts;
-
-	slot_getallattrs(row);
-	memcpy(changed->tts_values, row->tts_values, natts * sizeof(Datum));
-	memcpy(changed->tts_isnull, row->tts_isnull, natts * sizeof(bool));
-	changed->tts_values[BALANCE_CREDITS_USED - 1] = kv_amount_stored(used);
-	ExecStoreVirtualTuple(changed);
-	result = table_tuple_update(balances, &row->tts_tid, changed, GetCurrentCommandId(true), GetActiveSnapshot(),
-								InvalidSnapshot, true, &failure, &lock_mode, &update_indexes);
-	if (result == TM_Ok && KvMustUpdateIndexes(update_indexes))
-		index_row(balances, changed, update_indexes);
-	ExecDropSingleTupleTableSlot(changed);
-	return result;
+	for (int i = 0; triggers && i < triggers->numtriggers; i++)
+		if (concerns(&triggers->triggers[i], columns))
+			return true;
+	return constraints && (constraints->num_check > 0 || constraints->has_generated_stored);
 }
 
 /*
@@ -213,73 +152,74 @@ amount_to_come(int64 micro_credits)
 	return kv_amount_of_micro(to_come);
 }
 
-/* Whether this transaction has changed the row. */
-static bool
-is_held(TupleTableSlot *row)
+/* Write the row anew with used; TM_Updated when another transaction was faster. */
+static TM_Result
+write_used(Relation balances, TupleTableSlot *row, Numeric used)
 {
-	return TTS_IS_BUFFERTUPLE(row) &&
-		TransactionIdIsCurrentTransactionId(HeapTupleHeaderGetXmin(((BufferHeapTupleTableSlot *) row)->base.tuple->t_data));
+	TupleTableSlot *copy = kv_balance_row_copy(balances, row);
+
+	kv_balance_row_set_amount(copy, BALANCE_CREDITS_USED, used);
+	return kv_balance_row_write(balances, row, copy);
 }
 
-static void
-raise_serialization_failure(void)
+/* Debit slot 0, which another transaction changed meanwhile: lock it, for a second try. */
+static KvBalanceResult
+debit_in_turn(Relation balances, TupleTableSlot *row, Numeric amount)
 {
-	ereport(ERROR,
-			(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
-			 errmsg("could not serialize access due to concurrent update")));
-}
+	Numeric		used;
 
-/* Wait for whoever changes the row, lock its newest version, and put that into row. False when it is gone. */
-static bool
-lock_newest(Relation balances, TupleTableSlot *row)
-{
-	TM_FailureData failure;
-	ItemPointerData tid = row->tts_tid;
-
-	return table_tuple_lock(balances, &tid, GetActiveSnapshot(), row, GetCurrentCommandId(true), LockTupleNoKeyExclusive,
-							LockWaitBlock, TUPLE_LOCK_FLAG_FIND_LAST_VERSION, &failure) == TM_Ok;
+	if (kv_balance_row_lock_newest(balances, row) && has_room(row, amount, &used) && write_used(balances, row, used) == TM_Ok)
+		return KV_BALANCE_DEBITED_IN_TURN;
+	return KV_BALANCE_UNDECIDED;
 }
 
 /*
- * Debit the row just found. When another transaction changed it meanwhile, slot 0 is
- * locked, for a second try. A further slot is not: who has to make the balance one row
- * again locks slot 0 first, and must not wait for somebody who waits for slot 0.
+ * Debit the row just found. A further slot that another transaction changed meanwhile is
+ * not waited for: who has to make the balance one row again locks slot 0 first, and must
+ * not wait for somebody who waits for slot 0.
  */
 static KvBalanceResult
 debit_row(Relation balances, TupleTableSlot *row, bool is_slot_0, Numeric amount, Numeric to_come)
 {
-	KvBalanceResult done = KV_BALANCE_DEBITED;
 	Numeric		used;
 	TM_Result	result;
 
-	if (!is_slot_0 && !is_held(row) && !has_room(row, to_come, &used))
+	if (!is_slot_0 && !kv_balance_row_is_changed_by_me(row) && !has_room(row, to_come, &used))
 		return KV_BALANCE_UNDECIDED;
 	if (!has_room(row, amount, &used))
 		return KV_BALANCE_UNDECIDED;
 	result = write_used(balances, row, used);
-	if (result == TM_Updated && IsolationUsesXactSnapshot())
-		raise_serialization_failure();
 	if (result == TM_Updated && is_slot_0)
-	{
-		done = KV_BALANCE_DEBITED_IN_TURN;
-		if (!lock_newest(balances, row) || !has_room(row, amount, &used))
-			return KV_BALANCE_UNDECIDED;
-		result = write_used(balances, row, used);
-	}
-	return result == TM_Ok ? done : KV_BALANCE_UNDECIDED;
+		return debit_in_turn(balances, row, amount);
+	return result == TM_Ok ? KV_BALANCE_DEBITED : KV_BALANCE_UNDECIDED;
 }
 
-/* Whether somebody is changing the row, as far as can be seen without waiting. */
-static bool
-is_being_changed(TupleTableSlot *row)
+/* Begin the next period of slot 0, which is due, and debit it. */
+static KvBalanceResult
+debit_due_row(Relation balances, TupleTableSlot *row, Numeric amount)
 {
-	HeapTupleHeader header;
+	TupleTableSlot *copy;
+	Datum		plan;
+	Numeric		used;
+	TM_Result	result;
 
-	if (!TTS_IS_BUFFERTUPLE(row))
-		return false;
-	header = ((BufferHeapTupleTableSlot *) row)->base.tuple->t_data;
-	return (header->t_infomask & HEAP_XMAX_INVALID) == 0 &&
-		!TransactionIdIsCurrentTransactionId(HeapTupleHeaderGetUpdateXid(header));
+	if (is_more_than_a_write(balances, COLUMNS_OF_RENEWAL))
+		return KV_BALANCE_UNDECIDED;
+	copy = kv_balance_row_copy(balances, row);
+	plan = kv_renewal_begin(row, copy);
+	if (DatumGetPointer(plan) == NULL || !has_room(copy, amount, &used))
+	{
+		ExecDropSingleTupleTableSlot(copy);
+		return KV_BALANCE_UNDECIDED;
+	}
+	kv_balance_row_set_amount(copy, BALANCE_CREDITS_USED, used);
+	result = kv_balance_row_write(balances, row, copy);
+	if (result == TM_Updated)
+		return debit_in_turn(balances, row, amount);
+	if (result != TM_Ok)
+		return KV_BALANCE_UNDECIDED;
+	kv_renewal_close(row, plan);
+	return KV_BALANCE_DEBITED;
 }
 
 static KvIndex slot_0_of_user = {{"credit_balances"}, {"credit_balances_user_id"}, 1, {TEXTOID}, RowExclusiveLock};
@@ -295,7 +235,7 @@ debit_slot(const char *user_id, int slot, Numeric amount, Numeric to_come)
 	KvBalanceResult result = KV_BALANCE_UNDECIDED;
 
 	kv_index_scan_begin(&scan, &slot_of_user, keys);
-	if (kv_index_scan_next(&scan, ForwardScanDirection) && !is_being_changed(scan.slot))
+	if (kv_index_scan_next(&scan, ForwardScanDirection) && !kv_balance_row_is_being_changed(scan.slot))
 		result = debit_row(scan.table, scan.slot, false, amount, to_come);
 	kv_index_scan_end(&scan);
 	return result;
@@ -311,14 +251,13 @@ debit_first_slot(const char *user_id, bool wait, Numeric amount, Numeric to_come
 	Datum		key = CStringGetTextDatum(user_id);
 	KvIndexScan scan;
 	KvBalanceResult result = KV_BALANCE_UNDECIDED;
-	bool		isnull;
 
 	*holds_one = false;
 	kv_index_scan_begin(&scan, &slots_of_user, &key);
 	while (result == KV_BALANCE_UNDECIDED && kv_index_scan_next(&scan, ForwardScanDirection))
 	{
-		*holds_one |= is_held(scan.slot);
-		if (DatumGetInt16(slot_getattr(scan.slot, BALANCE_SLOT, &isnull)) > 0 && (wait || !is_being_changed(scan.slot)))
+		*holds_one |= kv_balance_row_is_changed_by_me(scan.slot);
+		if (DatumGetInt16(kv_balance_row_value(scan.slot, BALANCE_SLOT)) > 0 && (wait || !kv_balance_row_is_being_changed(scan.slot)))
 			result = debit_row(scan.table, scan.slot, false, amount, to_come);
 	}
 	kv_index_scan_end(&scan);
@@ -356,15 +295,17 @@ kv_balance_debit(const char *user_id, int64 micro_credits)
 	kv_owner_fresh_snapshot_begin();
 	kv_index_scan_begin(&scan, kv_index_or(&slot_0_of_user, &slots_of_user), &key);
 	/* The table of version 0.1.0 lacks columns: keyvault._debit_slow() does for it what an UPDATE can. */
-	if (RelationGetDescr(scan.table)->natts >= BALANCE_CREDITS_LENT && !is_more_than_a_write(scan.table) &&
+	if (RelationGetDescr(scan.table)->natts >= BALANCE_CREDITS_OVERAGE && !is_more_than_a_write(scan.table, COLUMNS_OF_DEBIT) &&
 		kv_index_scan_next(&scan, ForwardScanDirection))
 	{
 		CheckCmdReplicaIdentity(scan.table, CMD_UPDATE);
-		is_split = !kv_amount_at_most(amount_of(scan.slot, BALANCE_CREDITS_LENT), kv_amount_zero());
+		is_split = !kv_amount_at_most(kv_balance_row_amount(scan.slot, BALANCE_CREDITS_LENT), kv_amount_zero());
 		/* What an older snapshot shows of a row that was changed since may lack a budget: a write finds out. */
-		if (is_free && goes_unnoticed(scan.slot, amount_of(scan.slot, BALANCE_CREDITS_USED)) &&
-			!(IsolationUsesXactSnapshot() && is_being_changed(scan.slot)))
+		if (is_free && goes_unnoticed(scan.slot, kv_balance_row_amount(scan.slot, BALANCE_CREDITS_USED)) &&
+			!(IsolationUsesXactSnapshot() && kv_balance_row_is_being_changed(scan.slot)))
 			result = KV_BALANCE_DEBITED;
+		else if (!is_split && kv_balance_row_is_due(scan.slot))
+			result = debit_due_row(scan.table, scan.slot, amount);
 		else if (!is_split)
 			result = debit_row(scan.table, scan.slot, true, amount, amount);
 	}

@@ -46,3 +46,46 @@ INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('pe_back', 1);
 SELECT credits_used, period_start <= now() AND now() < period_end AS current, extract(day FROM period_start AT TIME ZONE 'UTC') >= 28 AS anchored
   FROM keyvault.credit_balances WHERE user_id = 'pe_back';
 SELECT count(*), max(period_end) FROM keyvault.credit_periods WHERE user_id = 'pe_back';
+
+-- A debit begins the period of a plain balance without SQL: to the same end as whatever else does. Nothing used, something, beyond the limit,
+-- a plan without limit, one without thresholds, credits agreed with the user, a threshold that the debit itself reaches.
+INSERT INTO keyvault.plans (plan, monthly_credits, overage, notice_percents) VALUES ('pe_report', 100, 'report', '{50}'), ('pe_silent', 100, 'block', '{}');
+CREATE TEMP TABLE renewed (kind text, plan text, agreed numeric, used numeric);
+INSERT INTO renewed VALUES ('unused', 'free', NULL, 0), ('used', 'free', NULL, 7.25), ('over', 'pe_report', NULL, 130), ('unlimited', 'enterprise', NULL, 5),
+       ('silent', 'pe_silent', NULL, 3), ('agreed', 'free', 40, 3), ('reaches', 'pe_report', NULL, 60);
+SELECT count(keyvault.upsert_user('pe_' || way || '_' || kind)), count(keyvault.set_plan('pe_' || way || '_' || kind, plan, agreed))
+  FROM renewed, unnest('{fast,slow}'::text[]) way;
+INSERT INTO keyvault.usage_records (user_id, credits) SELECT 'pe_' || way || '_' || kind, used FROM renewed, unnest('{fast,slow}'::text[]) way WHERE used > 0;
+DELETE FROM keyvault.credit_periods WHERE user_id LIKE 'pe\_____\_%';
+UPDATE keyvault.credit_balances SET period_anchor = '2020-01-31 12:00+00', period_start = '2020-02-29 12:00+00', period_end = '2020-03-31 12:00+00'
+ WHERE user_id LIKE 'pe\_____\_%';
+SELECT count(keyvault.release_credits(keyvault.reserve_credits(0, user_id => 'pe_slow_' || kind), 'pe_slow_' || kind)) FROM renewed;
+INSERT INTO keyvault.usage_records (user_id, credits) SELECT 'pe_' || way || '_' || kind, CASE kind WHEN 'reaches' THEN 55 ELSE 0.5 END FROM renewed, unnest('{fast,slow}'::text[]) way;
+CREATE TEMP VIEW outcome AS
+SELECT substr(b.user_id, 4, 4) AS way, substr(b.user_id, 9) AS kind, to_jsonb(b) - 'user_id' AS balance, to_jsonb(p) - '{user_id,id}'::text[] AS period,
+       (SELECT count(*) FROM keyvault.credit_notices n WHERE n.user_id = b.user_id AND n.period_start = b.period_start) AS notices
+  FROM keyvault.credit_balances b LEFT JOIN keyvault.credit_periods p ON p.user_id = b.user_id WHERE b.user_id LIKE 'pe\_____\_%';
+SELECT f.kind, f.balance = s.balance AS same_balance, f.period IS NOT DISTINCT FROM s.period AS same_period, f.period IS NOT NULL AS closed, f.notices, s.notices AS of_slow
+  FROM outcome f JOIN outcome s USING (kind) WHERE f.way = 'fast' AND s.way = 'slow' ORDER BY 1;
+SELECT kind, balance ->> 'monthly_credits' AS monthly, balance ->> 'credits_used' AS used, balance ->> 'notice_at' AS notice_at,
+       balance -> 'due_at' = balance -> 'period_end' AS due_at_end, (balance ->> 'period_end')::timestamptz > now() AS current,
+       period ->> 'credits_used' AS before, period ->> 'overage' AS overage, period ->> 'plan' AS plan
+  FROM outcome WHERE way = 'fast' ORDER BY 1;
+SELECT count(*) FROM keyvault.verify_ledger() v WHERE v.user_id LIKE 'pe\_____\_%';
+
+-- An administrator's trigger sees the period begin; the table's own has nothing to add.
+CREATE FUNCTION pg_temp.tell() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE WARNING 'from % to %', OLD.credits_used, NEW.credits_used; RETURN NEW; END $$;
+CREATE TRIGGER tell BEFORE UPDATE OF period_start ON keyvault.credit_balances FOR EACH ROW EXECUTE FUNCTION pg_temp.tell();
+UPDATE keyvault.credit_balances SET period_end = now() WHERE user_id = 'pe_fast_used';
+INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('pe_fast_used', 2);
+DROP TRIGGER tell ON keyvault.credit_balances;
+SELECT credits_used FROM keyvault.credit_balances WHERE user_id = 'pe_fast_used';
+-- A plan that is not there.
+UPDATE keyvault.credit_balances SET period_end = now() WHERE user_id = 'pe_fast_used';
+UPDATE keyvault.users SET plan = 'pe_lost' WHERE user_id = 'pe_fast_used';
+\set VERBOSITY terse
+INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('pe_fast_used', 2);
+\set VERBOSITY default
+UPDATE keyvault.users SET plan = 'free' WHERE user_id = 'pe_fast_used';
+SELECT count(keyvault.set_plan(user_id, 'free')) FROM keyvault.users WHERE user_id LIKE 'pe\_____\_%';
+DELETE FROM keyvault.plans WHERE plan LIKE 'pe\_%';
