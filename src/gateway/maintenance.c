@@ -21,6 +21,8 @@
 #include "miscadmin.h"
 #include "nodes/makefuncs.h"
 #include "parser/parse_func.h"
+#include "pgstat.h"
+#include "storage/latch.h"
 #include "utils/builtins.h"
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
@@ -37,11 +39,12 @@ typedef struct Job
 {
 	const char *name;			/* as in keyvault._maintenance_job */
 	bool		often;
+	bool		rests;			/* after a batch, for as long as it took: debits wait for its WAL and its CPU */
 	TimestampTz due_at;
 } Job;
 
 static Job	jobs[] = {
-	{"partitions"}, {"roll-up", true}, {"retention"}, {"reset"}, {"purge"}, {"rotation"}
+	{"partitions"}, {"roll-up",.often = true}, {"retention"}, {"reset",.rests = true}, {"purge"}, {"rotation"}
 };
 
 /* Without users there is nothing to do, and a restore may be about to bring partitions of its own. */
@@ -76,6 +79,13 @@ static int
 delay_of(const Job *job)
 {
 	return job->often ? Min(ROLL_UP_EVERY_MS, kv_maintenance_interval) : kv_maintenance_interval;
+}
+
+/* How long the job rests when there is more, in milliseconds. */
+static int
+rest_of(const Job *job, TimestampTz began)
+{
+	return job->rests ? 1 + (int) TimestampDifferenceMilliseconds(began, GetCurrentTimestamp()) : 0;
 }
 
 /* Are rotations that were asked for all that there is to do? */
@@ -164,6 +174,7 @@ run_batch(const Job *job, bool *more)
 static int
 take_batch(KvWorker *worker, Job *job)
 {
+	TimestampTz began = GetCurrentTimestamp();
 	KvOwnerScope scope;
 	bool		asked;
 	bool		more = false;
@@ -182,7 +193,7 @@ take_batch(KvWorker *worker, Job *job)
 	if (more || (done > 0 && job->often))
 		worker->idle_since = GetCurrentTimestamp();
 	asked_due_at = asked ? TimestampTzPlusMilliseconds(GetCurrentTimestamp(), more ? 0 : AGAIN_MS) : DT_NOEND;
-	return more ? 0 : delay_of(job);
+	return more ? rest_of(job, began) : delay_of(job);
 }
 
 /* Do what is due. */
@@ -233,6 +244,22 @@ execute_and_commit(const char *statement, const char *name)
 	return result;
 }
 
+/* Do a batch of a job, and rest if there is more. Returns whether there is. */
+static bool
+do_batch(const Job *job)
+{
+	TimestampTz began = GetCurrentTimestamp();
+	bool		more = execute_and_commit("SELECT m.more FROM keyvault._maintain($1) m", job->name);
+
+	if (more && job->rests)
+	{
+		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, rest_of(job, began), PG_WAIT_EXTENSION);
+		ResetLatch(MyLatch);
+	}
+	CHECK_FOR_INTERRUPTS();
+	return more;
+}
+
 /* CALL maintain(): run_maintenance() with a commit after each batch. */
 Datum
 keyvault_maintain(PG_FUNCTION_ARGS)
@@ -253,8 +280,8 @@ keyvault_maintain(PG_FUNCTION_ARGS)
 		(void) execute_and_commit("SELECT keyvault._check_maintenance_job($1) IS NULL", wanted);
 	for (size_t i = 0; i < lengthof(jobs); i++)
 		if (wanted == NULL || strcmp(wanted, jobs[i].name) == 0)
-			while (execute_and_commit("SELECT m.more FROM keyvault._maintain($1) m", jobs[i].name))
-				CHECK_FOR_INTERRUPTS();
+			while (do_batch(&jobs[i]))
+				;
 	SPI_finish();
 	PG_RETURN_VOID();
 }
