@@ -1,6 +1,10 @@
 -- keyvault: make concatenates the parts in sql/; edit those, not the result.
 \echo Use "CREATE EXTENSION keyvault CASCADE" to load this file. \quit
 
+-- The schema of pgcrypto, which comes with every statement of this script else, may belong to somebody who put operators
+-- into it that would be taken for pg_catalog's. It ends with the script.
+SET LOCAL search_path = pg_catalog, pg_temp;
+
 -- Made here and not by the control file, so that DROP EXTENSION takes it along, and a schema
 -- that somebody else prepared, with operators or functions of his own, is never trusted.
 CREATE SCHEMA keyvault;

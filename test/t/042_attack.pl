@@ -29,6 +29,20 @@ GRANT ALL ON SCHEMA trap TO PUBLIC;
 GRANT ALL ON trap.caught TO PUBLIC;
 CREATE FUNCTION trap.dearmor(boolean) RETURNS bytea LANGUAGE plpgsql AS $$BEGIN INSERT INTO trap.caught VALUES (current_user); RETURN ''; END$$;
 CREATE FUNCTION trap.pgp_pub_encrypt_bytea(boolean, boolean, boolean) RETURNS bytea LANGUAGE plpgsql AS $$BEGIN INSERT INTO trap.caught VALUES (current_user); RETURN ''; END$$;
+CREATE FUNCTION trap.catch() RETURNS void LANGUAGE plpgsql AS $$BEGIN INSERT INTO trap.caught VALUES (current_user); END$$;
+CREATE FUNCTION trap.compare(numeric, integer) RETURNS boolean LANGUAGE plpgsql IMMUTABLE AS $$BEGIN PERFORM trap.catch(); RETURN true; END$$;
+CREATE FUNCTION trap.compute(integer, numeric) RETURNS numeric LANGUAGE plpgsql IMMUTABLE AS $$BEGIN PERFORM trap.catch(); RETURN 0; END$$;
+DO $$
+DECLARE
+    o text;
+BEGIN
+    FOREACH o IN ARRAY '{>=,>,<,<=,<>,=}'::text[] LOOP
+        EXECUTE format('CREATE OPERATOR trap.%s (FUNCTION = trap.compare, LEFTARG = numeric, RIGHTARG = integer)', o);
+    END LOOP;
+    FOREACH o IN ARRAY '{+,-,*,/}'::text[] LOOP
+        EXECUTE format('CREATE OPERATOR trap.%s (FUNCTION = trap.compute, LEFTARG = integer, RIGHTARG = numeric)', o);
+    END LOOP;
+END $$;
 ALTER EXTENSION pgcrypto ADD FUNCTION trap.dearmor(boolean);
 ALTER EXTENSION pgcrypto ADD FUNCTION trap.pgp_pub_encrypt_bytea(boolean, boolean, boolean);
 SQL
@@ -36,6 +50,10 @@ is($node->safe_psql('postgres', q{SELECT count(*) FROM pg_depend d JOIN pg_proc 
 	WHERE d.deptype = 'e' AND p.proname IN ('dearmor', 'pgp_pub_encrypt_bytea') AND p.prolang <> (SELECT oid FROM pg_language WHERE lanname = 'c')}),
 	'2', 'the trap is set') or diag $impostor;
 $node->safe_psql('postgres', 'CREATE EXTENSION keyvault CASCADE');
+is($node->safe_psql('postgres', 'SELECT count(*) FROM trap.caught'), '0', 'the installation calls no operator of the tenant');
+is($node->safe_psql('postgres', q{SELECT count(*) FROM pg_depend d LEFT JOIN pg_operator o ON d.refclassid = 'pg_operator'::regclass AND o.oid = d.refobjid
+	LEFT JOIN pg_proc p ON d.refclassid = 'pg_proc'::regclass AND p.oid = d.refobjid WHERE 'trap'::regnamespace IN (o.oprnamespace, p.pronamespace)
+	AND d.classid <> 'pg_operator'::regclass}), '0', 'and refers to none');
 
 # Boxes become records in the worker, whose log has no statement to be judged by.
 my $key = 'marker-of-the-worker-0123456789';
