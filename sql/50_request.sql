@@ -281,7 +281,7 @@ COMMENT ON FUNCTION keyvault._claim_requests(integer, integer, text) IS
 
 CREATE FUNCTION keyvault._settle_request(
     user_id text, id uuid, attempt integer, outcome text, status_code integer, body jsonb, error text, model text,
-    input_tokens bigint, cached_tokens bigint, output_tokens bigint, stated_usd numeric, key_refused boolean) RETURNS boolean
+    input_tokens bigint, cached_tokens bigint, output_tokens bigint, stated_usd numeric, key_refused boolean, reasoning_tokens bigint) RETURNS boolean
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
@@ -302,7 +302,7 @@ BEGIN
         RETURN false;
     END IF;
     IF $4 = 'done' OR $5 BETWEEN 200 AND 299 THEN
-        bill := keyvault._bill_request(r, $8, $9, $10, $11, $12);
+        bill := keyvault._bill_request(r, $8, $9, $10, $11, $14, $12);
         cost := bill.cost_usd;
         owed := bill.owed;
     END IF;
@@ -320,10 +320,11 @@ BEGIN
     END IF;
     IF $4 = 'done' OR cost > 0 THEN
         INSERT INTO keyvault.usage_records (user_id, type, provider, model, payer, input_tokens, cached_tokens, output_tokens, tokens,
-                                            credits, credits_overrun, cost_usd, request_id, api_key_id, idempotency_key, metadata, hold_id, price)
+                                            credits, credits_overrun, cost_usd, request_id, api_key_id, idempotency_key, metadata, hold_id, price,
+                                            reasoning_tokens)
         VALUES ($1, r.type, r.provider, coalesce(r.model, $8), r.payer, bill.input_tokens, bill.cached_tokens, bill.output_tokens,
                 coalesce(bill.input_tokens, 0) + coalesce(bill.output_tokens, 0), charged, bill.claimed - charged, cost, $2, r.api_key_id,
-                r.idempotency_key, r.metadata, coalesce(r.hold_id, $2), bill.price);
+                r.idempotency_key, r.metadata, coalesce(r.hold_id, $2), bill.price, bill.reasoning_tokens);
     END IF;
     INSERT INTO keyvault.responses (user_id, id, status, status_code, body, error, model, input_tokens, cached_tokens, output_tokens,
                                     cost_usd, credits, payer)
@@ -338,7 +339,7 @@ BEGIN
             OR k.status <> verdict);
     RETURN true;
 END $$;
-COMMENT ON FUNCTION keyvault._settle_request(text, uuid, integer, text, integer, jsonb, text, text, bigint, bigint, bigint, numeric, boolean) IS
+COMMENT ON FUNCTION keyvault._settle_request(text, uuid, integer, text, integer, jsonb, text, text, bigint, bigint, bigint, numeric, boolean, bigint) IS
     'Ends a sent request: answer, usage, price, debit and hold in one go. False, and nothing done, when that attempt is no longer the one under way.';
 
 CREATE FUNCTION keyvault._retry_request(user_id text, id uuid, attempt integer, delay_ms integer, error text) RETURNS boolean

@@ -40,7 +40,7 @@ BEGIN
             SELECT p.usd, p.credits, p.price INTO cost, owed, price
               FROM keyvault._price_use(r.user_id, r.provider, r.model, r.payer, r.finished_at, $3, $5, $4, NULL, NULL, NULL, $6, true) p;
         ELSE
-            SELECT b.cost_usd, b.owed INTO cost, owed FROM keyvault._bill_request(r, NULL, NULL, NULL, NULL, NULL) b;
+            SELECT b.cost_usd, b.owed INTO cost, owed FROM keyvault._bill_request(r, NULL, NULL, NULL, NULL, NULL, NULL) b;
         END IF;
         charged := keyvault._settle_hold(r.user_id, r.hold_id, owed);
         INSERT INTO keyvault.usage_records (user_id, type, provider, model, payer, input_tokens, cached_tokens, output_tokens, tokens, credits,

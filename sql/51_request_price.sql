@@ -48,7 +48,7 @@ COMMENT ON FUNCTION keyvault._estimate_request(text, keyvault.providers, text, t
     'An upper estimate of a call''s cost in USD, and of the credits it takes: the body''s bytes / 3 as input, its output limit (4096 tokens without one) times the answers asked for as output. Error: 22023 for an unknown model on a plan that refuses it.';
 
 CREATE FUNCTION keyvault._bill_request(r keyvault.requests, model text, INOUT input_tokens bigint, INOUT cached_tokens bigint,
-                                       INOUT output_tokens bigint, INOUT cost_usd numeric, OUT owed numeric, OUT claimed numeric, OUT price jsonb)
+                                       INOUT output_tokens bigint, INOUT reasoning_tokens bigint, INOUT cost_usd numeric, OUT owed numeric, OUT claimed numeric, OUT price jsonb)
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
@@ -88,10 +88,10 @@ BEGIN
         claimed := owed;
         RETURN;
     END IF;
-    bill := keyvault._price_use(r.user_id, r.provider, used_model, r.payer, now(), input_tokens, cached_tokens, output_tokens, NULL, NULL, NULL, 0, true);
+    bill := keyvault._price_use(r.user_id, r.provider, used_model, r.payer, now(), input_tokens, cached_tokens, output_tokens, reasoning_tokens, NULL, NULL, 0, true);
     IF bill.price ? 'unknown' AND (keyvault._find_price(r.provider, model, now())).model IS NOT NULL THEN
         used_model := model;
-        bill := keyvault._price_use(r.user_id, r.provider, used_model, r.payer, now(), input_tokens, cached_tokens, output_tokens, NULL, NULL, NULL, 0, true);
+        bill := keyvault._price_use(r.user_id, r.provider, used_model, r.payer, now(), input_tokens, cached_tokens, output_tokens, reasoning_tokens, NULL, NULL, 0, true);
     END IF;
     claimed := bill.credits;
     IF bill.usd > r.estimated_usd THEN
@@ -105,14 +105,15 @@ BEGIN
             input_tokens := least(input_tokens, input_most);
             cached_tokens := least(cached_tokens, input_tokens);
             output_tokens := least(output_tokens, output_most);
-            bill := keyvault._price_use(r.user_id, r.provider, used_model, r.payer, now(), input_tokens, cached_tokens, output_tokens, NULL, NULL, NULL, 0, true);
+            reasoning_tokens := least(reasoning_tokens, output_tokens);
+            bill := keyvault._price_use(r.user_id, r.provider, used_model, r.payer, now(), input_tokens, cached_tokens, output_tokens, reasoning_tokens, NULL, NULL, 0, true);
         END IF;
     END IF;
     cost_usd := bill.usd;
     owed := bill.credits;
     price := bill.price || coalesce(price, '{}');
 END $$;
-COMMENT ON FUNCTION keyvault._bill_request(keyvault.requests, text, bigint, bigint, bigint, numeric) IS
+COMMENT ON FUNCTION keyvault._bill_request(keyvault.requests, text, bigint, bigint, bigint, bigint, numeric) IS
     'What an answer that names a model, tokens or a cost in USD makes its request cost: the tokens and USD that are believed, the credits owed for them, those for all that is claimed, and the price for usage_records.price.';
 
 CREATE FUNCTION keyvault._address_request(provider keyvault.providers, INOUT path text, INOUT model text, INOUT body jsonb)

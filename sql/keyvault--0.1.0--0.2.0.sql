@@ -13,6 +13,8 @@ DROP FUNCTION keyvault._hold_credits(user_id text, amount numeric, expires_at ti
 
 DROP FUNCTION keyvault._roll_period(user_id text);
 
+DROP FUNCTION keyvault._settle_request(user_id text, id uuid, attempt integer, outcome text, status_code integer, body jsonb, error text, model text, input_tokens bigint, cached_tokens bigint, output_tokens bigint, stated_usd numeric, key_refused boolean);
+
 DROP FUNCTION keyvault.set_plan(user_id text, plan text);
 
 DROP FUNCTION keyvault._set_plan(user_id text, plan text);
@@ -3365,7 +3367,7 @@ COMMENT ON FUNCTION keyvault._estimate_request(text, keyvault.providers, text, t
     'An upper estimate of a call''s cost in USD, and of the credits it takes: the body''s bytes / 3 as input, its output limit (4096 tokens without one) times the answers asked for as output. Error: 22023 for an unknown model on a plan that refuses it.';
 
 CREATE FUNCTION keyvault._bill_request(r keyvault.requests, model text, INOUT input_tokens bigint, INOUT cached_tokens bigint,
-                                       INOUT output_tokens bigint, INOUT cost_usd numeric, OUT owed numeric, OUT claimed numeric, OUT price jsonb)
+                                       INOUT output_tokens bigint, INOUT reasoning_tokens bigint, INOUT cost_usd numeric, OUT owed numeric, OUT claimed numeric, OUT price jsonb)
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
@@ -3405,10 +3407,10 @@ BEGIN
         claimed := owed;
         RETURN;
     END IF;
-    bill := keyvault._price_use(r.user_id, r.provider, used_model, r.payer, now(), input_tokens, cached_tokens, output_tokens, NULL, NULL, NULL, 0, true);
+    bill := keyvault._price_use(r.user_id, r.provider, used_model, r.payer, now(), input_tokens, cached_tokens, output_tokens, reasoning_tokens, NULL, NULL, 0, true);
     IF bill.price ? 'unknown' AND (keyvault._find_price(r.provider, model, now())).model IS NOT NULL THEN
         used_model := model;
-        bill := keyvault._price_use(r.user_id, r.provider, used_model, r.payer, now(), input_tokens, cached_tokens, output_tokens, NULL, NULL, NULL, 0, true);
+        bill := keyvault._price_use(r.user_id, r.provider, used_model, r.payer, now(), input_tokens, cached_tokens, output_tokens, reasoning_tokens, NULL, NULL, 0, true);
     END IF;
     claimed := bill.credits;
     IF bill.usd > r.estimated_usd THEN
@@ -3422,16 +3424,17 @@ BEGIN
             input_tokens := least(input_tokens, input_most);
             cached_tokens := least(cached_tokens, input_tokens);
             output_tokens := least(output_tokens, output_most);
-            bill := keyvault._price_use(r.user_id, r.provider, used_model, r.payer, now(), input_tokens, cached_tokens, output_tokens, NULL, NULL, NULL, 0, true);
+            reasoning_tokens := least(reasoning_tokens, output_tokens);
+            bill := keyvault._price_use(r.user_id, r.provider, used_model, r.payer, now(), input_tokens, cached_tokens, output_tokens, reasoning_tokens, NULL, NULL, 0, true);
         END IF;
     END IF;
     cost_usd := bill.usd;
     owed := bill.credits;
     price := bill.price || coalesce(price, '{}');
 END $$;
-REVOKE ALL ON FUNCTION keyvault._bill_request(r keyvault.requests, model text, INOUT input_tokens bigint, INOUT cached_tokens bigint, INOUT output_tokens bigint, INOUT cost_usd numeric, OUT owed numeric, OUT claimed numeric, OUT price jsonb) FROM PUBLIC;
+REVOKE ALL ON FUNCTION keyvault._bill_request(r keyvault.requests, model text, INOUT input_tokens bigint, INOUT cached_tokens bigint, INOUT output_tokens bigint, INOUT reasoning_tokens bigint, INOUT cost_usd numeric, OUT owed numeric, OUT claimed numeric, OUT price jsonb) FROM PUBLIC;
 
-COMMENT ON FUNCTION keyvault._bill_request(keyvault.requests, text, bigint, bigint, bigint, numeric) IS
+COMMENT ON FUNCTION keyvault._bill_request(keyvault.requests, text, bigint, bigint, bigint, bigint, numeric) IS
     'What an answer that names a model, tokens or a cost in USD makes its request cost: the tokens and USD that are believed, the credits owed for them, those for all that is claimed, and the price for usage_records.price.';
 
 CREATE FUNCTION keyvault._address_request(provider keyvault.providers, INOUT path text, INOUT model text, INOUT body jsonb)
@@ -3672,9 +3675,9 @@ BEGIN
               p.headers, p.allowed_host, CASE r.type WHEN 'test' THEN NULL ELSE r.body::text END, r.timeout_ms, r.payer, r.api_key_id, r.call_key;
 END $$;
 
-CREATE OR REPLACE FUNCTION keyvault._settle_request(
+CREATE FUNCTION keyvault._settle_request(
     user_id text, id uuid, attempt integer, outcome text, status_code integer, body jsonb, error text, model text,
-    input_tokens bigint, cached_tokens bigint, output_tokens bigint, stated_usd numeric, key_refused boolean) RETURNS boolean
+    input_tokens bigint, cached_tokens bigint, output_tokens bigint, stated_usd numeric, key_refused boolean, reasoning_tokens bigint) RETURNS boolean
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
@@ -3695,7 +3698,7 @@ BEGIN
         RETURN false;
     END IF;
     IF $4 = 'done' OR $5 BETWEEN 200 AND 299 THEN
-        bill := keyvault._bill_request(r, $8, $9, $10, $11, $12);
+        bill := keyvault._bill_request(r, $8, $9, $10, $11, $14, $12);
         cost := bill.cost_usd;
         owed := bill.owed;
     END IF;
@@ -3713,10 +3716,11 @@ BEGIN
     END IF;
     IF $4 = 'done' OR cost > 0 THEN
         INSERT INTO keyvault.usage_records (user_id, type, provider, model, payer, input_tokens, cached_tokens, output_tokens, tokens,
-                                            credits, credits_overrun, cost_usd, request_id, api_key_id, idempotency_key, metadata, hold_id, price)
+                                            credits, credits_overrun, cost_usd, request_id, api_key_id, idempotency_key, metadata, hold_id, price,
+                                            reasoning_tokens)
         VALUES ($1, r.type, r.provider, coalesce(r.model, $8), r.payer, bill.input_tokens, bill.cached_tokens, bill.output_tokens,
                 coalesce(bill.input_tokens, 0) + coalesce(bill.output_tokens, 0), charged, bill.claimed - charged, cost, $2, r.api_key_id,
-                r.idempotency_key, r.metadata, coalesce(r.hold_id, $2), bill.price);
+                r.idempotency_key, r.metadata, coalesce(r.hold_id, $2), bill.price, bill.reasoning_tokens);
     END IF;
     INSERT INTO keyvault.responses (user_id, id, status, status_code, body, error, model, input_tokens, cached_tokens, output_tokens,
                                     cost_usd, credits, payer)
@@ -3731,6 +3735,10 @@ BEGIN
             OR k.status <> verdict);
     RETURN true;
 END $$;
+REVOKE ALL ON FUNCTION keyvault._settle_request(user_id text, id uuid, attempt integer, outcome text, status_code integer, body jsonb, error text, model text, input_tokens bigint, cached_tokens bigint, output_tokens bigint, stated_usd numeric, key_refused boolean, reasoning_tokens bigint) FROM PUBLIC;
+
+COMMENT ON FUNCTION keyvault._settle_request(text, uuid, integer, text, integer, jsonb, text, text, bigint, bigint, bigint, numeric, boolean, bigint) IS
+    'Ends a sent request: answer, usage, price, debit and hold in one go. False, and nothing done, when that attempt is no longer the one under way.';
 
 -- Calls that were sent and whose answer was lost: what became of them is found out elsewhere, or settled by the plan.
 
@@ -3774,7 +3782,7 @@ BEGIN
             SELECT p.usd, p.credits, p.price INTO cost, owed, price
               FROM keyvault._price_use(r.user_id, r.provider, r.model, r.payer, r.finished_at, $3, $5, $4, NULL, NULL, NULL, $6, true) p;
         ELSE
-            SELECT b.cost_usd, b.owed INTO cost, owed FROM keyvault._bill_request(r, NULL, NULL, NULL, NULL, NULL) b;
+            SELECT b.cost_usd, b.owed INTO cost, owed FROM keyvault._bill_request(r, NULL, NULL, NULL, NULL, NULL, NULL) b;
         END IF;
         charged := keyvault._settle_hold(r.user_id, r.hold_id, owed);
         INSERT INTO keyvault.usage_records (user_id, type, provider, model, payer, input_tokens, cached_tokens, output_tokens, tokens, credits,

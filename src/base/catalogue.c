@@ -1,6 +1,6 @@
 /*-------------------------------------------------------------------------
  * catalogue.c
- *		Relations of the schema keyvault, by name.
+ *		Relations and functions of the schema keyvault, by name.
  *
  * An oid that was found is used again until this process hears that a relation or a schema
  * changed, which may be any: then it is looked up again.
@@ -12,6 +12,9 @@
 
 #include "base/error.h"
 #include "catalog/namespace.h"
+#include "nodes/makefuncs.h"
+#include "nodes/value.h"
+#include "parser/parse_func.h"
 #include "utils/inval.h"
 #include "utils/lsyscache.h"
 #include "utils/syscache.h"
@@ -71,4 +74,13 @@ kv_relation_oid(KvRelation *relation)
 				 errmsg("keyvault.%s does not exist", relation->name),
 				 errhint("Run CREATE EXTENSION keyvault CASCADE.")));
 	return relation->oid;
+}
+
+/* Whether the SQL that is installed, which may be of an earlier version than the library, has a function. */
+bool
+kv_function_exists(const char *name, int nargs, const Oid *argtypes)
+{
+	List	   *qualified = list_make2(makeString("keyvault"), makeString(pstrdup(name)));
+
+	return OidIsValid(LookupFuncName(qualified, nargs, argtypes, true));
 }

@@ -1,6 +1,6 @@
 /*-------------------------------------------------------------------------
  * catalogue.h
- *		Relations of the schema keyvault, by name.
+ *		Relations and functions of the schema keyvault, by name.
  *-------------------------------------------------------------------------
  */
 #ifndef KV_CATALOGUE_H
@@ -20,5 +20,6 @@ extern void kv_catalogue_init(void);
 extern uint64 kv_catalogue_changes(void);
 extern Oid	kv_relation_find(KvRelation *relation);
 extern Oid	kv_relation_oid(KvRelation *relation);
+extern bool kv_function_exists(const char *name, int nargs, const Oid *argtypes);
 
 #endif

@@ -11,6 +11,7 @@
 
 #include "gateway/call.h"
 
+#include "base/catalogue.h"
 #include "base/json_field.h"
 #include "base/owner_spi.h"
 #include "base/secret_text.h"
@@ -317,6 +318,11 @@ void
 kv_call_settle(KvCall *call)
 {
 	static KvStatement settle = {
+		"SELECT keyvault._settle_request($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)", 14,
+		{TEXTOID, UUIDOID, INT4OID, TEXTOID, INT4OID, JSONBOID, TEXTOID, TEXTOID, INT8OID, INT8OID, INT8OID, NUMERICOID, BOOLOID, INT8OID}
+	};
+	/* The SQL of version 0.1.0 has no reasoning tokens. */
+	static KvStatement settle_without_reasoning = {
 		"SELECT keyvault._settle_request($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)", 13,
 		{TEXTOID, UUIDOID, INT4OID, TEXTOID, INT4OID, JSONBOID, TEXTOID, TEXTOID, INT8OID, INT8OID, INT8OID, NUMERICOID, BOOLOID}
 	};
@@ -326,8 +332,8 @@ kv_call_settle(KvCall *call)
 	char	   *failure;
 	bool		key_refused;
 	KvOwnerScope scope;
-	Datum		values[13];
-	char		nulls[14] = "             ";
+	Datum		values[14];
+	char		nulls[15] = "              ";
 
 	if (result->body && result->length > 0 && result->error[0] == '\0')
 		answer = parse_answer(result->body, result->length, call->key);
@@ -370,7 +376,10 @@ kv_call_settle(KvCall *call)
 	values[11] = usage.stated_usd ? NumericGetDatum(usage.stated_usd) : (Datum) 0;
 	nulls[11] = usage.stated_usd ? ' ' : 'n';
 	values[12] = BoolGetDatum(key_refused);
-	kv_statement_execute(&settle, values, nulls);
+	values[13] = Int64GetDatum(usage.reasoning_tokens);
+	nulls[13] = nulls[10];
+	kv_statement_execute(kv_function_exists("_settle_request", settle.nargs, settle.argtypes) ? &settle : &settle_without_reasoning,
+						 values, nulls);
 	kv_owner_end(&scope);
 }
 

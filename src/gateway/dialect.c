@@ -16,6 +16,7 @@
 #define INPUT	1
 #define CACHED	2
 #define OUTPUT	4
+#define REASONING	8
 
 /* A field counts towards each of its kinds, unless an earlier one of its group was there. */
 typedef struct TokenField
@@ -42,6 +43,8 @@ static const Dialect dialects[] = {
 			{"usage.prompt_cache_hit_tokens", CACHED, 2},
 			{"usage.completion_tokens", OUTPUT, 3},
 			{"usage.output_tokens", OUTPUT, 3},
+			{"usage.completion_tokens_details.reasoning_tokens", REASONING, 4},
+			{"usage.output_tokens_details.reasoning_tokens", REASONING, 4},
 	}},
 	{"anthropic", "model", NULL, {
 			{"usage.input_tokens", INPUT, 1},
@@ -54,7 +57,7 @@ static const Dialect dialects[] = {
 			{"usageMetadata.toolUsePromptTokenCount", INPUT, 2},
 			{"usageMetadata.cachedContentTokenCount", CACHED, 3},
 			{"usageMetadata.candidatesTokenCount", OUTPUT, 4},
-			{"usageMetadata.thoughtsTokenCount", OUTPUT, 5},
+			{"usageMetadata.thoughtsTokenCount", OUTPUT | REASONING, 5},
 	}},
 	{"json", "model", "costDollars.total", {{NULL}}},
 };
@@ -84,9 +87,12 @@ kv_dialect_read_usage(const char *dialect, Jsonb *answer, KvUsage *usage)
 				usage->cached_tokens += count;
 			if (field->kinds & OUTPUT)
 				usage->output_tokens += count;
+			if (field->kinds & REASONING)
+				usage->reasoning_tokens += count;
 			usage->stated = usage->stated || (field->kinds & (INPUT | OUTPUT)) != 0;
 		}
 		usage->cached_tokens = Min(usage->cached_tokens, usage->input_tokens);
+		usage->reasoning_tokens = Min(usage->reasoning_tokens, usage->output_tokens);
 		usage->model = kv_json_string(answer, d->model);
 		if (d->cost_usd)
 			(void) kv_json_amount(answer, d->cost_usd, &usage->stated_usd);

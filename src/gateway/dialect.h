@@ -17,6 +17,7 @@ typedef struct KvUsage
 	int64		input_tokens;	/* cached ones included */
 	int64		cached_tokens;
 	int64		output_tokens;	/* reasoning included */
+	int64		reasoning_tokens;
 	char	   *model;			/* as the answer names it, or NULL */
 	Numeric		stated_usd;		/* cost as the answer states it, or NULL */
 } KvUsage;

@@ -19,8 +19,6 @@
 #include "fmgr.h"
 #include "gateway/worker_slot.h"
 #include "miscadmin.h"
-#include "nodes/makefuncs.h"
-#include "parser/parse_func.h"
 #include "pgstat.h"
 #include "storage/latch.h"
 #include "utils/builtins.h"
@@ -152,14 +150,13 @@ run_batch(const Job *job, bool *more)
 	};
 	static KvStatement partitions = {"SELECT keyvault._make_usage_partitions()", 0};
 	Oid			types[2] = {TEXTOID, INT4OID};
-	List	   *function = list_make2(makeString("keyvault"), makeString("_maintain"));
 	Datum		name = CStringGetTextDatum(job->name);
 	bool		isnull;
 	int64		done;
 
 	*more = false;
 	/* The SQL of version 0.1.0 knows of partitions alone. */
-	if (!OidIsValid(LookupFuncName(function, lengthof(types), types, true)))
+	if (!kv_function_exists("_maintain", lengthof(types), types))
 	{
 		if (job == &jobs[0])
 			(void) kv_statement_value(&partitions, NULL, NULL, &isnull);

@@ -84,6 +84,22 @@ foreach my $provider (sort keys %prompt)
 	is($usage->{credits}, $usage->{cost_usd} * 1000, "$provider: debited at the plan's rate");
 	is($answer->{credits}, $usage->{credits}, "$provider: the answer says what it cost");
 }
+# Thinking is part of the output, with a price of its own where there is one.
+$node->safe_psql('postgres', <<'SQL');
+INSERT INTO keyvault.plan_prices (plan, provider, model, input_usd_per_mtok, cached_input_usd_per_mtok, output_usd_per_mtok, reasoning_usd_per_mtok)
+SELECT u.plan, p.provider, p.model, 1, 0.1, 4, 9
+  FROM keyvault.users u, (VALUES ('openai', 'gpt-5-mini'), ('anthropic', 'claude-haiku-4-5'), ('gemini', 'gemini-3.5-flash')) p(provider, model) WHERE u.user_id = 'tap';
+SQL
+foreach my $provider (sort keys %prompt)
+{
+	my %argument = $provider eq 'gemini' ? (model => "'gemini-3.5-flash'") : ();
+	my $thought = $provider eq 'anthropic' ? 0 : 50;
+	my $answer = answer($provider, $prompt{$provider}->("tokens=1000,200 cached=400 thoughts=50"), %argument);
+	my $usage = usage_of($answer->{id});
+	is("@$usage{qw(input_tokens cached_tokens output_tokens reasoning_tokens)}", "1000 400 200 $thought", "$provider: thinking");
+	is($usage->{credits} + 0, (600 * 1 + 400 * 0.1 + (200 - $thought) * 4 + $thought * 9) / 1000, "$provider: has its price");
+}
+$node->safe_psql('postgres', 'DELETE FROM keyvault.plan_prices');
 my $exa = answer('exa', q('{"query": "postgres [[mock: cost=0.007]]"}'));
 is(usage_of($exa->{id})->{cost_usd}, 0.007, 'exa: the cost that the answer states is taken');
 
