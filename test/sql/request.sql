@@ -97,9 +97,9 @@ ROLLBACK;
 SELECT user_id, attempt, provider, dialect, base_url, path, auth_header, auth_scheme, payer, body FROM keyvault._claim_requests(1, 10, 'rq_a') WHERE user_id = 'rq_b';
 SELECT keyvault.request('openai', :chat, user_id => 'rq_s') AS settled \gset
 SELECT attempt FROM keyvault._claim_requests(100, 100, 'rq_c');
-SELECT keyvault._settle_request('rq_s', :'settled', 2, 'done', 200, '{}', NULL, 'gpt-5-mini', 1, 0, 1, NULL, false) AS wrong_attempt;
-SELECT keyvault._settle_request('rq_s', :'settled', 1, 'done', 200, '{"ok": 1}', NULL, 'gpt-5-mini-2025-08-07', 1000, 400, 200, NULL, false) AS settled;
-SELECT keyvault._settle_request('rq_s', :'settled', 1, 'done', 200, '{}', NULL, 'gpt-5-mini', 1, 0, 1, NULL, false) AS again;
+SELECT keyvault._settle_request('rq_s', :'settled', 2, 'done', 200, '{}', NULL, 'gpt-5-mini', 1, 0, 1, NULL, false, NULL) AS wrong_attempt;
+SELECT keyvault._settle_request('rq_s', :'settled', 1, 'done', 200, '{"ok": 1}', NULL, 'gpt-5-mini-2025-08-07', 1000, 400, 200, NULL, false, NULL) AS settled;
+SELECT keyvault._settle_request('rq_s', :'settled', 1, 'done', 200, '{}', NULL, 'gpt-5-mini', 1, 0, 1, NULL, false, NULL) AS again;
 -- (600 x 0.25 + 400 x 0.025 + 200 x 2) / 1,000,000 USD, 1000 credits each
 SELECT payer, model, input_tokens, cached_tokens, output_tokens, tokens, cost_usd, credits, credits_overrun FROM keyvault.usage_records WHERE request_id = :'settled';
 SELECT credits_used, credits_held FROM keyvault.credit_balances WHERE user_id = 'rq_s';
@@ -109,7 +109,7 @@ SELECT status, status_code, body, cost_usd, credits FROM keyvault.response(:'set
 SELECT keyvault.request('openai', :chat, user_id => 'rq_o') AS overrun \gset
 INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('rq_o', 999);
 SELECT attempt FROM keyvault._claim_requests(100, 100, 'rq_c');
-SELECT keyvault._settle_request('rq_o', :'overrun', 1, 'done', 200, '{}', NULL, NULL, 1000000000, 0, 1000000000, NULL, false) AS settled;
+SELECT keyvault._settle_request('rq_o', :'overrun', 1, 'done', 200, '{}', NULL, NULL, 1000000000, 0, 1000000000, NULL, false, NULL) AS settled;
 SELECT credits, credits_overrun, cost_usd FROM keyvault.usage_records WHERE request_id = :'overrun';
 SELECT credits_used, credits_held, credits_remaining FROM keyvault.credit_status WHERE user_id = 'rq_o';
 
@@ -117,9 +117,9 @@ SELECT credits_used, credits_held, credits_remaining FROM keyvault.credit_status
 SELECT keyvault.set_plan('rq_o', 'pro');
 SELECT keyvault.request('openai', :chat, user_id => 'rq_o') AS silent, keyvault.request('openai', :chat, user_id => 'rq_o') AS failed, keyvault.request('openai', :chat, user_id => 'rq_o') AS lost \gset
 SELECT attempt FROM keyvault._claim_requests(100, 100, 'rq_c');
-SELECT keyvault._settle_request('rq_o', :'silent', 1, 'done', 200, '{}', NULL, NULL, NULL, NULL, NULL, NULL, false),
-       keyvault._settle_request('rq_o', :'failed', 1, 'failed', 401, '{}', 'refused', NULL, NULL, NULL, NULL, NULL, true);
-SELECT keyvault._settle_request('rq_o', :'lost', 1, 'unknown', NULL, NULL, 'lost', NULL, NULL, NULL, NULL, NULL, false);
+SELECT keyvault._settle_request('rq_o', :'silent', 1, 'done', 200, '{}', NULL, NULL, NULL, NULL, NULL, NULL, false, NULL),
+       keyvault._settle_request('rq_o', :'failed', 1, 'failed', 401, '{}', 'refused', NULL, NULL, NULL, NULL, NULL, true, NULL);
+SELECT keyvault._settle_request('rq_o', :'lost', 1, 'unknown', NULL, NULL, 'lost', NULL, NULL, NULL, NULL, NULL, false, NULL);
 SELECT r.status, u.credits = r.estimated_usd * 1000 AS as_estimated, h.expires_at BETWEEN now() + interval '23 hours' AND now() + interval '25 hours' AS held_for_a_day
   FROM keyvault.requests r LEFT JOIN keyvault.usage_records u ON u.request_id = r.id LEFT JOIN keyvault.credit_holds h ON h.id = r.hold_id
  WHERE r.id IN (:'silent', :'failed', :'lost') ORDER BY r.id;

@@ -17,7 +17,7 @@ DECLARE
     told text;
 BEGIN
     UPDATE keyvault.requests SET status = 'sent', attempts = 1 WHERE id = request RETURNING user_id INTO who;
-    ASSERT keyvault._settle_request(who, request, 1, 'done', 200, '{}', NULL, model, input, cached, output, usd, false);
+    ASSERT keyvault._settle_request(who, request, 1, 'done', 200, '{}', NULL, model, input, cached, output, usd, false, NULL);
     SELECT format('%s: %s (%s cached) + %s = %s tokens, %s USD, %s credits, %s overrun', u.model, u.input_tokens, u.cached_tokens, u.output_tokens, u.tokens, trim_scale(u.cost_usd),
                   trim_scale(u.credits), trim_scale(u.credits_overrun)) INTO STRICT told FROM keyvault.usage_records u WHERE u.request_id = request;
     RETURN told;
@@ -111,7 +111,7 @@ SELECT path, model, body, held IS NOT NULL AS held FROM pg_temp.asked WHERE user
 CREATE FUNCTION pg_temp.lose(request uuid) RETURNS uuid LANGUAGE plpgsql AS $$
 BEGIN
     UPDATE keyvault.requests SET status = 'sent', attempts = 1 WHERE id = request;
-    ASSERT keyvault._settle_request((SELECT user_id FROM keyvault.requests WHERE id = request), request, 1, 'unknown', NULL, NULL, 'lost', NULL, NULL, NULL, NULL, NULL, false);
+    ASSERT keyvault._settle_request((SELECT user_id FROM keyvault.requests WHERE id = request), request, 1, 'unknown', NULL, NULL, 'lost', NULL, NULL, NULL, NULL, NULL, false, NULL);
     RETURN request;
 END $$;
 CREATE VIEW pg_temp.outcomes AS
