@@ -93,6 +93,18 @@ kv_https_keep_no_plaintext(void *easy)
 		curl_easy_setopt(easy, CURLOPT_SSL_CTX_FUNCTION, cleanse_plaintext);
 }
 
+/*
+ * Have a call, a handle of libcurl, that ends while its host's name is looked up not wait for that. The resolver's thread
+ * ends by itself, and frees what it has. Before 7.87 libcurl waits.
+ */
+void
+kv_https_leave_resolver(void *easy)
+{
+#if CURL_AT_LEAST_VERSION(7, 87, 0)
+	curl_easy_setopt(easy, CURLOPT_QUICK_EXIT, 1L);
+#endif
+}
+
 static size_t
 take_body(char *bytes, size_t size, size_t count, void *arg)
 {
@@ -179,6 +191,7 @@ prepare(Call *call, const KvHttpsRequest *request, bool plain)
 		curl_easy_setopt(call->easy, CURLOPT_CAPATH, NULL);
 	}
 	kv_https_keep_no_plaintext(call->easy);
+	kv_https_leave_resolver(call->easy);
 	if (request->body)
 	{
 		curl_easy_setopt(call->easy, CURLOPT_POSTFIELDSIZE_LARGE, (curl_off_t) strlen(request->body));

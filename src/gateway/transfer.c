@@ -176,14 +176,6 @@ kv_transfer_pool_create(void)
 	return pool;
 }
 
-void
-kv_transfer_pool_destroy(KvTransferPool *pool)
-{
-	curl_multi_cleanup(pool->multi);
-	close(pool->epoll_fd);
-	pfree(pool);
-}
-
 /* Limit connections to one host and in all, idle ones included. */
 void
 kv_transfer_pool_configure(KvTransferPool *pool, int host_connections, int connections)
@@ -364,6 +356,7 @@ set_options(KvTransfer *transfer, const KvTransferRequest *request)
 		curl_easy_setopt(easy, CURLOPT_POSTFIELDS, transfer->request_body);
 	}
 	kv_https_keep_no_plaintext(easy);
+	kv_https_leave_resolver(easy);
 	curl_easy_setopt(easy, CURLOPT_OPENSOCKETFUNCTION, open_socket);
 	curl_easy_setopt(easy, CURLOPT_OPENSOCKETDATA, transfer);
 	curl_easy_setopt(easy, CURLOPT_WRITEFUNCTION, take_body);

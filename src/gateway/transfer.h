@@ -38,7 +38,6 @@ typedef struct KvTransferResult
 } KvTransferResult;
 
 extern KvTransferPool *kv_transfer_pool_create(void);
-extern void kv_transfer_pool_destroy(KvTransferPool *pool);
 extern void kv_transfer_pool_configure(KvTransferPool *pool, int host_connections, int connections);
 extern int	kv_transfer_pool_fd(KvTransferPool *pool);
 extern long kv_transfer_pool_timeout(KvTransferPool *pool);
