@@ -326,6 +326,17 @@ current_ring(void)
 	return ring;
 }
 
+/* Have the keys yet to be fetched, by a program or from a Vault server, which may take up to keyvault.master_key_timeout? */
+bool
+kv_master_key_is_to_be_fetched(void)
+{
+	bool		slow = false;
+
+	for (size_t i = 0; i < lengthof(sources); i++)
+		slow = slow || (sources[i]->shared && sources[i]->is_configured());
+	return slow && !(loaded && loaded_at == PgReloadTime);
+}
+
 /* The primary master key. Error: KV004 when there is none to be had. */
 const KvMasterKey *
 kv_master_key_get(void)

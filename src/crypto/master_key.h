@@ -30,6 +30,7 @@ typedef struct KvMasterKeyRing
 extern void kv_master_key_init(void);
 extern bool kv_master_key_is_configured(void);
 extern bool kv_master_key_source_has_failed(void);
+extern bool kv_master_key_is_to_be_fetched(void);
 extern const KvMasterKey *kv_master_key_get(void);
 extern const KvMasterKey *kv_master_key_find(const uint8 *kek_id);
 extern uint32 kv_master_key_generation(void);

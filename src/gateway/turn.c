@@ -4,7 +4,8 @@
  *
  * Both happen in one transaction. When that fails, each call is settled by itself: one
  * whose user's balance is locked waits, one that can never be settled is given up, and
- * none holds up another.
+ * none holds up another. Where the master key has to be fetched first, settlements are
+ * committed before: nothing is locked while a program or a Vault server is waited for.
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
@@ -15,6 +16,7 @@
 #include "base/error.h"
 #include "base/settings.h"
 #include "commands/extension.h"
+#include "crypto/master_key.h"
 #include "gateway/call.h"
 #include "gateway/claim.h"
 #include "gateway/worker_slot.h"
@@ -259,6 +261,77 @@ try_settle_and_claim(KvWorker *worker, List *calls, int capacity, List **claimed
 }
 
 static void
+finish_calls(KvWorker *worker, List *calls)
+{
+	ListCell   *cell;
+
+	foreach(cell, calls)
+		finish_call(worker, lfirst(cell));
+	if (calls != NIL)
+		kv_worker_announce_settlement();
+}
+
+/* Is any request queued? False as well when that cannot be told for now. */
+static bool
+has_queued_requests(KvWorker *worker)
+{
+	volatile TimestampTz due;
+	char	   *message;
+
+	TIMESTAMP_NOEND(due);
+	PG_TRY();
+	{
+		kv_turn_begin("looking for calls");
+		due = kv_claim_next_retry();
+		kv_turn_end();
+	}
+	PG_CATCH();
+	{
+		(void) kv_turn_roll_back(worker->turn_context, &message);
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(worker->turn_context);
+	return !TIMESTAMP_IS_NOEND(due);
+}
+
+/* Fetch the master key, in a transaction without a snapshot or a lock. When that fails, each call that needs it says why. */
+static void
+fetch_master_key(KvWorker *worker)
+{
+	char	   *message;
+
+	PG_TRY();
+	{
+		StartTransactionCommand();
+		MemoryContextSwitchTo(worker->turn_context);
+		pgstat_report_activity(STATE_RUNNING, "fetching the master key");
+		(void) kv_master_key_get();
+		CommitTransactionCommand();
+		pgstat_report_activity(STATE_IDLE, NULL);
+	}
+	PG_CATCH();
+	{
+		(void) kv_turn_roll_back(worker->turn_context, &message);
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(worker->turn_context);
+}
+
+/* Settle calls, and fetch the master key if there is a request that may need it. */
+static void
+settle_and_fetch(KvWorker *worker, List *calls)
+{
+	List	   *none;
+
+	if (calls != NIL && try_settle_and_claim(worker, calls, 0, &none))
+		finish_calls(worker, calls);
+	else if (calls != NIL)
+		settle_one_by_one(worker, calls);
+	if (has_queued_requests(worker))
+		fetch_master_key(worker);
+}
+
+static void
 send_calls(KvWorker *worker, List *claimed)
 {
 	ListCell   *cell;
@@ -296,18 +369,17 @@ kv_turn_take(KvWorker *worker)
 	int			capacity = Max(kv_max_concurrent_requests - worker->in_flight, 0);
 	List	   *calls;
 	List	   *claimed;
-	ListCell   *cell;
 
 	worker->look = false;
 	MemoryContextSwitchTo(worker->turn_context);
 	calls = calls_to_settle(worker);
-	if (try_settle_and_claim(worker, calls, capacity, &claimed))
+	if (capacity > 0 && kv_master_key_is_to_be_fetched())
 	{
-		foreach(cell, calls)
-			finish_call(worker, lfirst(cell));
-		if (calls != NIL)
-			kv_worker_announce_settlement();
+		settle_and_fetch(worker, calls);
+		calls = NIL;
 	}
+	if (try_settle_and_claim(worker, calls, capacity, &claimed))
+		finish_calls(worker, calls);
 	else
 	{
 		settle_one_by_one(worker, calls);

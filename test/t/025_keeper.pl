@@ -199,6 +199,41 @@ SH
 	return;
 }
 
+# Fetching the master key, which takes its time after a reload, locks nothing: what has ended is settled before.
+sub settles_before_it_fetches
+{
+	my $directory = PostgreSQL::Test::Utils::tempdir;
+	my $key = sql('SHOW keyvault.master_key_file');
+	my $program = write_secret("$directory/source", <<"SH", 0700);
+#!/bin/sh
+[ ! -e $directory/held ] || echo run >> $directory/runs
+while [ -e $directory/held ]; do sleep 0.05; done
+cat $key
+SH
+	my %setting = (master_key_file => '', master_key_command => $program, master_key_timeout => '60s', max_concurrent_requests => 1);
+	sql("ALTER SYSTEM SET keyvault.$_ = '$setting{$_}'") foreach sort keys %setting;
+	$node->restart;
+	my $ending = queue_request($node, 'ending', 'of ending [[mock: gate=ending]]');
+	ok(wait_until(sub { mock_received($port, 'of ending') }), 'the only call that may be under way is');
+	write_secret("$directory/held", '');
+	$node->reload;
+	ok(wait_until(sub { sql("SELECT max(state_change) > pg_conf_load_time() FROM pg_stat_activity WHERE backend_type = 'keyvault worker'") eq 't' }),
+		'the worker has dropped the master key in a turn after a reload');
+	my $next = queue_request($node, 'next', 'of next');
+	mock_open($port, 'ending');
+	ok(wait_until(sub { -s "$directory/runs" }), 'the worker fetches it for the next call');
+	is(request_status($node, $ending), 'done', 'the one that has ended is settled');
+	is(state_of($node, "SET lock_timeout = '3s'; INSERT INTO keyvault.usage_records (user_id, type, credits) VALUES ('ending', 'use', 1)"), '',
+		'and its user is debited by others');
+	is(request_status($node, $next), 'queued', 'while it is fetched');
+	unlink "$directory/held";
+	ends_as($node, $next, 'done', 'then the next call is made');
+	sql("ALTER SYSTEM RESET keyvault.$_") foreach sort keys %setting;
+	sql("ALTER SYSTEM SET keyvault.master_key_file = '$key'");
+	$node->restart;
+	return;
+}
+
 # A Vault server that takes connections and answers nothing, while the launcher renews its token.
 sub renewal_keeps_no_worker_waiting
 {
@@ -221,6 +256,7 @@ answer_is_about_its_own_key();
 one_bad_row_stops_no_other();
 rotates_in_batches();
 renewal_keeps_no_worker_waiting();
+settles_before_it_fetches();
 waits_for_a_lock();
 waits_for_the_master_key();
 $node->stop;
