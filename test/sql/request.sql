@@ -20,6 +20,13 @@ SELECT keyvault.request('cohere', :chat, user_id => 'rq_a', api_key => 'regress-
 SELECT payer, status, api_key_id IS NULL AS for_one_call, call_key IS NOT NULL AS sealed, position('regress'::bytea IN call_key) AS found, hold_id IS NOT NULL AS held
   FROM keyvault.requests WHERE user_id = 'rq_a' ORDER BY id;
 
+-- Keys for one call have nonces of their own, in one session and the next.
+SELECT count(keyvault.request('openai', :chat, user_id => 'rq_nonce', api_key => 'sk-regress-key-for-one-call')) FROM generate_series(1, 25);
+\c -
+SELECT count(keyvault.request('openai', :chat, user_id => 'rq_nonce', api_key => 'sk-regress-key-for-one-call')) FROM generate_series(1, 25);
+SELECT count(*), count(DISTINCT substr(call_key, 2, 12)) AS nonces FROM keyvault.requests WHERE user_id = 'rq_nonce';
+SELECT bool_and(keyvault.cancel_request(id)) AS canceled FROM keyvault.requests WHERE user_id = 'rq_nonce';
+
 -- A platform-paid call holds its estimate: 100 output tokens and a third of the body's bytes of gpt-5-mini.
 SELECT keyvault.store_platform_key('openai', 'sk-regress-platform') IS NOT NULL AS stored;
 SELECT keyvault.request('openai', :chat, user_id => 'rq_hold') AS held \gset

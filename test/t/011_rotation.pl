@@ -191,6 +191,20 @@ SCRIPT
 	is(sql('SELECT keyvault.rotate_master_key()'), 0, 'when they are gone');
 	is(sql("SELECT count(*) FROM keyvault.master_key_status WHERE status = 'old'"), 0, 'it is');
 }
+
+# No nonce is used twice: of wraps of many users, of several of one user, before a rotation and after it.
+{
+	my $keep = 'INSERT INTO wraps SELECT wrapped FROM keyvault.data_keys';
+	sql("CREATE TABLE wraps (wrapped bytea); $keep");
+	sql("SELECT keyvault.rotate_data_key('u' || n) FROM generate_series(101, 150) n");
+	sql($keep);
+	load_keys(9, 8);
+	sql('SELECT keyvault.rotate_master_key()');
+	sql($keep);
+	my ($wraps, $nonces) = split /\|/, sql('SELECT count(DISTINCT wrapped), count(DISTINCT substr(wrapped, 25, 12)) FROM wraps');
+	cmp_ok($wraps, '>', 2 * $users, 'wraps under two master keys');
+	is($nonces, $wraps, 'each have a nonce of their own');
+}
 $node->stop;
 
 done_testing();
