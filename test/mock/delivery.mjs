@@ -3,6 +3,8 @@
  *    Send an answer, or spoil it on the way as a directive asks.
  */
 
+import { createGzip, gzipSync } from 'node:zlib';
+
 /* An overlong NUL, a lone surrogate, and bytes that no UTF-8 text has. */
 const BAD_BYTES = Buffer.from([0xc0, 0x80, 0xed, 0xa0, 0x80, 0xff, 0xfe]);
 const BLOCK = Buffer.alloc(64 * 1024, 'x');
@@ -18,25 +20,27 @@ function withBadBytes(json, marker) {
   return Buffer.concat(buffers);
 }
 
-/* The answer with one more member, `pad`, that makes the body `bytes` long; chunked. */
-function sendPadded(res, status, headers, json, bytes) {
+/* The answer with one more member, `pad`, that makes the body `bytes` long; chunked. With gzip, that is its length when decoded. */
+function sendPadded(res, status, headers, json, bytes, gzip) {
   const head = Buffer.from(`${json.slice(0, -1)},"pad":"`);
   const tail = '"}';
   let left = Math.max(0, bytes - head.length - tail.length);
+  const out = gzip ? createGzip() : res;
   const pump = () => {
     while (left > 0) {
       if (res.destroyed) return;
       const n = Math.min(left, BLOCK.length);
       left -= n;
-      if (!res.write(n === BLOCK.length ? BLOCK : BLOCK.subarray(0, n))) {
-        res.once('drain', pump);
+      if (!out.write(n === BLOCK.length ? BLOCK : BLOCK.subarray(0, n))) {
+        out.once('drain', pump);
         return;
       }
     }
-    res.end(tail);
+    out.end(tail);
   };
   res.writeHead(status, headers);
-  res.write(head);
+  if (gzip) out.pipe(res);
+  out.write(head);
   pump();
 }
 
@@ -58,8 +62,9 @@ function send(res, { status, headers, json: whole, directives }, marker) {
   let json = directives.garbage ? '<!doctype html><title>not JSON</title>' : whole;
   if (directives.deep) json = '['.repeat(200_000);
   if (directives.bignum) json = `${json.slice(0, -1)},"bignum":1e999999}`;
+  if (directives.gzip) headers['content-encoding'] = 'gzip';
   if (directives.huge !== undefined) {
-    sendPadded(res, status, headers, json, directives.huge);
+    sendPadded(res, status, headers, json, directives.huge, directives.gzip);
     return;
   }
   if (directives.cut) {
@@ -67,7 +72,8 @@ function send(res, { status, headers, json: whole, directives }, marker) {
     return;
   }
   // A string leaves in one write together with the headers, a buffer does not.
-  const body = directives.badutf8 ? withBadBytes(json, marker) : json;
+  const plain = directives.badutf8 ? withBadBytes(json, marker) : json;
+  const body = directives.gzip ? gzipSync(plain) : plain;
   headers['content-length'] = Buffer.byteLength(body);
   res.writeHead(status, headers);
   res.end(body);

@@ -58,7 +58,7 @@ function flag(text) {
 
 const ITEMS = {
   status, 'retry-after': string, code: string, delay: whole, gate: string, hang: flag, cut: flag,
-  garbage: flag, nul: flag, badutf8: flag, bignum: flag, deep: flag, huge: bytes, redirect: string, tokens: pair,
+  garbage: flag, nul: flag, badutf8: flag, bignum: flag, deep: flag, gzip: flag, huge: bytes, redirect: string, tokens: pair,
   cached: whole, 'cache-write': whole, thoughts: whole, usage: oneOf(USAGE), model: string,
   cost: amount, 'echo-key': flag, 'escape-key': flag,
 };

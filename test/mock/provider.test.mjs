@@ -13,6 +13,7 @@ import { join } from 'node:path';
 import { after, before, beforeEach, test } from 'node:test';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
+import { gunzipSync } from 'node:zlib';
 
 import { startProvider } from './provider.mjs';
 
@@ -373,6 +374,18 @@ test('huge is a whole answer of exactly that many bytes, chunked', async () => {
   assert.equal(huge.bytes.length, 3 * 1024 * 1024);
   assert.equal(huge.headers['transfer-encoding'], 'chunked');
   assert.equal(huge.json().usage.total_tokens, 3);
+});
+
+test('gzip compresses an answer, and huge is then its length when decoded', async () => {
+  const small = await chat('[[mock: gzip tokens=1,2]]');
+  assert.equal(small.headers['content-encoding'], 'gzip');
+  assert.equal(JSON.parse(gunzipSync(small.bytes)).usage.total_tokens, 3);
+
+  const bomb = await chat('[[mock: gzip huge=3M tokens=1,2]]');
+  assert.ok(bomb.bytes.length < 32 * 1024);
+  const decoded = gunzipSync(bomb.bytes);
+  assert.equal(decoded.length, 3 * 1024 * 1024);
+  assert.equal(JSON.parse(decoded).usage.total_tokens, 3);
 });
 
 test('redirect', async () => {

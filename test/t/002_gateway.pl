@@ -184,6 +184,17 @@ foreach my $case (
 	is($answer->{status}, $status, "$directive: status");
 	like($answer->{error}, $error, "$directive: error");
 }
+
+# The limit is that of the decoded answer, and holds while it is decoded.
+{
+	my $small = answer('openai', chat('[[mock: gzip tokens=10,5]]'));
+	is("$small->{status} $small->{input_tokens} $small->{output_tokens}", 'done 10 5', 'a compressed answer is read');
+	my $peak = sub { slurp_file('/proc/' . worker_pid($node) . '/status') =~ /^VmHWM:\s+(\d+) kB/m ? $1 : die 'no peak' };
+	my $before = $peak->();
+	my $bomb = answer('openai', chat('[[mock: gzip huge=64M]]'));
+	like("$bomb->{status}: $bomb->{error}", qr/^failed: .*larger than keyvault.max_response_size/, 'one of 64 kB that is 64 MB decoded fails');
+	cmp_ok($peak->() - $before, '<', 16 * 1024, '... and is not decoded into memory');
+}
 foreach my $directive ('usage=hostile', 'usage=negative', 'usage=giant', 'usage=strings', 'usage=missing')
 {
 	my $answer = answer('openai', chat("[[mock: $directive]]"));
