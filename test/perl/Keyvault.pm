@@ -15,7 +15,7 @@ use Time::HiRes qw(sleep);
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 
-our @EXPORT = qw(new_master_key new_node set_config start_mock start_vault write_secret use_mock mock_get mock_open mock_received
+our @EXPORT = qw(new_master_key new_node hostile_environment set_config start_mock start_vault write_secret use_mock mock_get mock_open mock_received
 	wait_until state_of seal_key core_of shared_memory chat queue_request request_status ends_as worker_pid balances_are_sums run_pgbench checkpointer
 	crash_while deadlock_between);
 
@@ -49,6 +49,15 @@ sub new_node
 	$node->start;
 	$node->safe_psql('postgres', 'CREATE EXTENSION keyvault CASCADE');
 	return $node;
+}
+
+# An environment for a server in which libcurl would have everything go through proxies, none of which is there, and have the
+# secrets of TLS recorded in a file.
+sub hostile_environment
+{
+	my ($key_log) = @_;
+	return ((map { $_ => 'http://127.0.0.1:1' } qw(http_proxy https_proxy HTTPS_PROXY all_proxy ALL_PROXY)),
+		(map { $_ => '' } qw(no_proxy NO_PROXY)), SSLKEYLOGFILE => $key_log);
 }
 
 # Change a setting of a running node, undef for its default; returns when new sessions see it.

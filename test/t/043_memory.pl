@@ -40,7 +40,12 @@ sub keeps_no_master_key
 	return;
 }
 
-my $node = new_node('memory', master_key => write_secret("$directory/key", "$digits\n"), conf => "keyvault.databases = 'none'\n");
+my %hostile = hostile_environment("$directory/tls.secrets");
+my $node;
+{
+	local @ENV{ keys %hostile } = values %hostile;
+	$node = new_node('memory', master_key => write_secret("$directory/key", "$digits\n"), conf => "keyvault.databases = 'none'\n");
+}
 $node->safe_psql('postgres', $store);
 
 # From a file.
@@ -48,6 +53,13 @@ $node->safe_psql('postgres', $store);
 	my $session = $node->background_psql('postgres');
 	$session->query_safe($lookup);
 	keeps_no_master_key($session, 'file');
+	my $pid = $session->query_safe('SELECT pg_backend_pid()');
+  SKIP:
+	{
+		# AddressSanitizer makes mlock() do nothing.
+		skip 'no memory may be locked here', 1 if $ENV{KV_SANITIZER} || slurp_file("/proc/$pid/limits") =~ /Max locked memory\s+0\s/;
+		like(slurp_file("/proc/$pid/status"), qr/^VmLck:\s+[1-9]/m, 'what opens keys stays out of swap');
+	}
 	$session->quit;
 }
 
@@ -131,6 +143,7 @@ foreach my $address ("http://127.0.0.1:$port", "https://127.0.0.1:$tls_port")
 		$session->quit;
 	}
 }
+ok(!-e "$directory/tls.secrets", 'the environment had no secrets of TLS recorded, nor anything sent through a proxy');
 
 $node->stop;
 done_testing();

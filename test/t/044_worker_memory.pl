@@ -46,7 +46,8 @@ keyvault.vault_ca_file = '$directory/tls.crt'
 keyvault.reference_cache_ttl = 0
 CONF
 {
-	local $ENV{LD_PRELOAD} = $library;
+	my %hostile = hostile_environment("$directory/tls.secrets");
+	local @ENV{ keys %hostile, 'LD_PRELOAD' } = (values %hostile, $library);
 	$node->start;
 }
 $node->safe_psql('postgres', 'CREATE EXTENSION keyvault CASCADE');
@@ -113,5 +114,6 @@ leaves('referenced key', key('fetched'), 'fetched', 0);
 set_config($node, 'keyvault.reference_cache_ttl', '1h');
 leaves('kept referenced key', key('kept'), 'kept', 1);
 is(copies($token), 0, 'and no token');
+ok(!-e "$directory/tls.secrets", 'the environment had no secrets of TLS recorded, nor anything sent through a proxy');
 $node->stop;
 done_testing();
