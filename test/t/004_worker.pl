@@ -81,6 +81,18 @@ sub commit_wakes
 	return;
 }
 
+# Autovacuum goes by the statistics, and a busy worker does not end, when they would be reported for it.
+sub reports_statistics
+{
+	my $updates = "SELECT n_tup_upd FROM pg_stat_user_tables WHERE relid = 'keyvault.requests'::regclass";
+	my $before = sql($updates);
+	my $pid = worker_pid($node);
+	ends_as($node, queue_request($node, 'counted', 'hello'), 'done', 'a request is sent');
+	ok(wait_until(sub { sql($updates) > $before }), 'the statistics know of it');
+	is(worker_pid($node), $pid, 'though the worker stays');
+	return;
+}
+
 sub leaves_when_idle
 {
 	set_config($node, 'keyvault.worker_idle_timeout', '500ms');
@@ -433,6 +445,7 @@ SQL
 }
 
 commit_wakes();
+reports_statistics();
 leaves_when_idle();
 does_not_poll();
 serves_every_database();
