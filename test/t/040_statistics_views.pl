@@ -9,7 +9,7 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 use Keyvault;
 
-# KEY is the key, of no known provider's shape. Utility statements keep their constants in pg_stat_statements.
+# KEY is the key, of no known provider's shape unless one stands before it. Utility statements keep their constants in pg_stat_statements.
 my @statements = (
 	[ 'SELECT', "SELECT keyvault.store_api_key('exa', 'KEY', user_id => 'u')" ],
 	[ 'dollar quotes', 'SELECT keyvault.store_api_key(\'exa\', $k$KEY$k$, user_id => \'u\')' ],
@@ -24,9 +24,12 @@ my @statements = (
 	[ 'syntax error', "SELEC keyvault.store_api_key('exa', 'KEY', user_id => 'u')" ],
 	[ 'run-time error', "SELECT keyvault.store_api_key('nosuch', 'KEY', user_id => 'u')" ],
 	[ 'innocent function', "SELECT innocent('KEY')" ],
+	[ 'CALL', q(CALL keyvault.call('exa', '{"query": "x"}', NULL, user_id => 'u', api_key => 'KEY')) ],
+	[ 'SET', "SET app.key = 'sk-KEY'" ],
 	[ 'long and then short', "SELECT keyvault.store_api_key('exa', /* " . 'x' x 300 . " */ 'KEY', user_id => 'u')" ],
 );
 
+my $port = start_mock();
 my $n = 0;
 
 # A key to look for: 24 characters, of which the middle ones are found nowhere else.
@@ -83,6 +86,7 @@ CREATE EXTENSION pg_stat_statements;
 CREATE FUNCTION innocent(text) RETURNS uuid LANGUAGE plpgsql AS $$BEGIN RETURN keyvault.store_api_key('exa', $1, user_id => 'u'); END$$;
 SELECT keyvault.upsert_user('u');
 SQL
+	use_mock($node, $port);
 	set_config($node, 'keyvault.redact_logs', 'off');
 	my $session = open_session($node);
 	my %seen;
