@@ -7,7 +7,7 @@ RESET client_min_messages;
 -- Tables and views.
 SELECT c.relname, c.relkind FROM pg_class c JOIN pg_depend d ON d.objid = c.oid AND d.deptype = 'e'
   JOIN pg_extension e ON e.oid = d.refobjid AND e.extname = 'keyvault'
- WHERE d.classid = 'pg_class'::regclass AND c.relkind IN ('r', 'p', 'v') ORDER BY 1;
+ WHERE d.classid = 'pg_class'::regclass AND c.relkind IN ('r', 'p', 'v', 'm') ORDER BY 1;
 
 -- Public functions.
 SELECT p.oid::regprocedure FROM pg_proc p
@@ -21,7 +21,7 @@ SELECT pg_describe_object(d.classid, d.objid, 0) :members
    AND obj_description(d.objid, d.classid::regclass::text) IS NULL ORDER BY 1;
 -- and so has every column that people read
 SELECT c.oid::regclass, a.attname FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
- WHERE c.relnamespace = 'keyvault'::regnamespace AND (c.relkind = 'v' AND c.relname !~ '^_' OR c.oid = 'keyvault.usage_records'::regclass)
+ WHERE c.relnamespace = 'keyvault'::regnamespace AND (c.relkind IN ('v', 'm') AND c.relname !~ '^_' OR c.oid = 'keyvault.usage_records'::regclass)
    AND col_description(c.oid, a.attnum) IS NULL;
 -- nothing is granted to PUBLIC
 SELECT p.oid::regprocedure FROM pg_proc p
@@ -42,20 +42,28 @@ SELECT p.oid::regprocedure FROM pg_proc p WHERE p.pronamespace = 'keyvault'::reg
 SELECT p.oid::regprocedure FROM pg_proc p JOIN pg_language l ON l.oid = p.prolang
  WHERE p.pronamespace = 'keyvault'::regnamespace AND l.lanname = 'c' AND p.provolatile = 'i';
 -- tables with a user_id have row-level security, and user_id leads their primary key and unique constraints
-SELECT c.oid::regclass FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = 'user_id'
- WHERE c.relnamespace = 'keyvault'::regnamespace AND c.relkind IN ('r', 'p') AND NOT c.relrowsecurity;
+PREPARE without_row_security AS SELECT c.oid::regclass FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = 'user_id'
+ WHERE c.relnamespace = 'keyvault'::regnamespace AND c.relkind IN ('r', 'p', 'm') AND NOT c.relrowsecurity;
+EXECUTE without_row_security;
 SELECT i.indexrelid::regclass FROM pg_index i JOIN pg_class c ON c.oid = i.indrelid
   JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = 'user_id'
  WHERE c.relnamespace = 'keyvault'::regnamespace AND i.indisunique AND i.indkey[0] <> a.attnum;
+-- and their foreign keys, which would tell that another user's row exists
+SELECT k.conrelid::regclass, k.conname FROM pg_constraint k
+ WHERE k.connamespace = 'keyvault'::regnamespace AND k.contype = 'f'
+   AND (SELECT attname FROM pg_attribute WHERE attrelid = k.conrelid AND attnum = k.conkey[1]) <> 'user_id';
 SELECT a.attrelid::regclass FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_collation l ON l.oid = a.attcollation
  WHERE c.relnamespace = 'keyvault'::regnamespace AND c.relkind IN ('r', 'p') AND a.attname = 'user_id' AND l.collname <> 'C';
 -- views respect the rights of who reads them, and none opens a key
-SELECT c.oid::regclass FROM pg_class c WHERE c.relnamespace = 'keyvault'::regnamespace AND c.relkind = 'v'
+SELECT c.oid::regclass FROM pg_class c WHERE c.relnamespace = 'keyvault'::regnamespace AND c.relkind IN ('v', 'm')
    AND (NOT coalesce(c.reloptions @> '{security_invoker=true}', false) OR pg_get_viewdef(c.oid) ~ 'user_api_key|ciphertext');
 -- every table's contents go into a dump, but for what is derived from usage_records
 SELECT c.oid::regclass FROM pg_class c JOIN pg_depend d ON d.objid = c.oid AND d.deptype = 'e', pg_extension e
  WHERE e.extname = 'keyvault' AND d.refobjid = e.oid AND c.relkind = 'r' AND NOT c.oid = ANY (e.extconfig)
    AND c.oid NOT IN ('keyvault.usage_rollup'::regclass, 'keyvault.usage_daily'::regclass, 'keyvault.usage_late'::regclass);
+-- Settings, and who may change them.
+SELECT name, context FROM pg_settings WHERE name LIKE 'keyvault.%' ORDER BY name COLLATE "C";
+
 -- columns that C reads by their number
 SELECT attrelid::regclass, string_agg(attname, ' ' ORDER BY attnum) FROM pg_attribute
  WHERE attrelid IN ('keyvault.api_keys'::regclass, 'keyvault.data_keys'::regclass, 'keyvault.vault'::regclass, 'keyvault.users'::regclass) AND attnum > 0
@@ -82,6 +90,7 @@ SELECT count(*) AS out_of_order FROM (SELECT u, lag(u) OVER (ORDER BY i) AS earl
 
 -- DROP EXTENSION removes everything, partitions made meanwhile too.
 SELECT keyvault._make_usage_partitions() > 0 AS made;
+EXECUTE without_row_security;
 DROP EXTENSION keyvault;
 SELECT count(*) FROM pg_namespace WHERE nspname = 'keyvault';
 
