@@ -62,3 +62,49 @@ ROLLBACK;
 -- The identity, by each of its ways in.
 SELECT r.* FROM (VALUES (''), (repeat('u', 256))) u (user_id), LATERAL pg_temp.refusal(format('SELECT keyvault.act_as(%L)', user_id)) r;
 SELECT * FROM pg_temp.refusal(format('SET LOCAL keyvault.user_id = %L', repeat('u', 256)));
+
+-- NaN and Infinity, in every numeric column that an administrator may write: a column that is new is a line of the list.
+CREATE ROLE regress_kv_admin;
+SELECT keyvault.grant_access('regress_kv_admin', 'admin');
+BEGIN;
+INSERT INTO keyvault.plan_prices (plan, provider, model, input_usd_per_mtok, output_usd_per_mtok) VALUES ('free', 'openai', 'gpt-5-mini', 1, 2);
+SELECT c.table_name::text COLLATE "C" AS "table", c.column_name::text COLLATE "C" AS "column", string_agg(coalesce(r.state, v || ' is taken'), ' ' ORDER BY v) AS states
+  FROM (SELECT table_name, column_name FROM information_schema.column_privileges
+         WHERE table_schema = 'keyvault' AND grantee = 'regress_kv_admin' AND privilege_type IN ('INSERT', 'UPDATE')
+        INTERSECT
+        SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = 'keyvault' AND data_type = 'numeric') c,
+       unnest('{NaN,Infinity,-Infinity}'::text[]) v,
+       LATERAL pg_temp.refusal(format('UPDATE keyvault.%I SET %I = %L', c.table_name, c.column_name, v)) r
+ GROUP BY 1, 2 ORDER BY 1, 2;
+ROLLBACK;
+SELECT keyvault.revoke_access('regress_kv_admin', 'admin');
+DROP ROLE regress_kv_admin;
+-- And in every numeric argument of a function.
+SELECT keyvault.reserve_credits(1, user_id => 'mf_a') AS hold \gset
+SELECT keyvault.request('openai', '{"model": "gpt-5-mini", "max_completion_tokens": 1}', user_id => 'mf_a', api_key => 'sk-regress-key-for-one-call') AS unknown \gset
+UPDATE keyvault.requests SET status = 'unknown', finished_at = now() WHERE id = :'unknown';
+CREATE TEMP TABLE amount_call (function name, argument text, call text);
+INSERT INTO amount_call VALUES
+    ('grant_credits', 'amount', $$grant_credits('mf_a', %L, 'top-up')$$),
+    ('grant_credits', 'price_usd', $$grant_credits('mf_a', 1, 'top-up', price_usd => %L)$$),
+    ('reconcile_request', 'cost_usd', format($$reconcile_request(%L, 'charge', cost_usd => %%L)$$, :'unknown')),
+    ('record_usage', 'cost_usd', $$record_usage('chat', 'gpt-5', 1, 1, 1, 'mf_a', cost_usd => %L)$$),
+    ('record_usage', 'credits', $$record_usage('chat', 'gpt-5', 1, 1, %L, 'mf_a')$$),
+    ('record_usage', 'units', $$record_usage('chat', 'gpt-5', 1, 1, 1, 'mf_a', units => %L)$$),
+    ('reserve_credits', 'amount', $$reserve_credits(%L, user_id => 'mf_a')$$),
+    ('reserve_credits', 'cost_usd', $$reserve_credits(1, user_id => 'mf_a', cost_usd => %L)$$),
+    ('set_budget', 'amount', $$set_budget('mf_a', %L)$$),
+    ('set_plan', 'monthly_credits', $$set_plan('mf_a', 'pro', %L)$$),
+    ('settle_credits', 'amount', format($$settle_credits(%L, %%L, user_id => 'mf_a')$$, :'hold')),
+    ('settle_credits', 'cost_usd', format($$settle_credits(%L, 1, user_id => 'mf_a', cost_usd => %%L)$$, :'hold'));
+SELECT a.function, a.argument, string_agg(CASE WHEN call IS NULL THEN 'not tried' ELSE coalesce(r.state, v || ' is taken') END, ' ' ORDER BY v) AS states
+  FROM (SELECT p.proname AS function, p.proargnames[n] AS argument FROM pg_proc p, generate_series(1, p.pronargs) n
+         WHERE p.pronamespace = 'keyvault'::regnamespace AND p.proname !~ '^_' AND p.proargtypes[n - 1] = 'numeric'::regtype) a
+  LEFT JOIN amount_call USING (function, argument), unnest('{NaN,Infinity,-Infinity}'::text[]) v,
+       LATERAL pg_temp.refusal(format('SELECT keyvault.' || call, v)) r
+ GROUP BY 1, 2 ORDER BY 1, 2;
+SELECT credits_used, credits_held FROM keyvault.credit_status WHERE user_id = 'mf_a';
+-- Each takes 1.
+BEGIN;
+SELECT a.function, a.argument, r.* FROM amount_call a, LATERAL pg_temp.refusal(format('SELECT keyvault.' || call, 1)) r WHERE r.state <> '';
+ROLLBACK;
