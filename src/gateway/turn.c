@@ -19,6 +19,7 @@
 #include "crypto/master_key.h"
 #include "gateway/call.h"
 #include "gateway/claim.h"
+#include "gateway/places.h"
 #include "gateway/worker_slot.h"
 #include "miscadmin.h"
 #include "pgstat.h"
@@ -221,7 +222,7 @@ settle_and_claim(KvWorker *worker, List *calls, int capacity)
 	}
 	MemoryContextSwitchTo(worker->turn_context);
 	if (capacity > 0)
-		claimed = kv_claim_requests(capacity, kv_max_concurrent_requests / RESERVE_SHARE,
+		claimed = kv_claim_requests(capacity, kv_places() / RESERVE_SHARE,
 									kv_max_concurrent_requests_per_user, worker->after_user);
 	/* With no place left, the next call that ends gives cause to look. */
 	if (list_length(claimed) < capacity)
@@ -366,7 +367,7 @@ send_calls(KvWorker *worker, List *claimed)
 void
 kv_turn_take(KvWorker *worker)
 {
-	int			capacity = Max(kv_max_concurrent_requests - worker->in_flight, 0);
+	int			capacity = Max(kv_places() - worker->in_flight, 0);
 	List	   *calls;
 	List	   *claimed;
 

@@ -22,6 +22,7 @@
 #include "gateway/claim.h"
 #include "gateway/key_use_flush.h"
 #include "gateway/maintenance.h"
+#include "gateway/places.h"
 #include "gateway/reference.h"
 #include "gateway/transfer.h"
 #include "gateway/turn.h"
@@ -250,6 +251,14 @@ leave_if_not_served(KvWorker *worker)
 	proc_exit(0);
 }
 
+/* How many calls there may be at once, and connections. */
+static void
+configure_network(KvWorker *worker)
+{
+	kv_places_configure();
+	kv_transfer_pool_configure(worker->pool, kv_per_host_connections, kv_places());
+}
+
 static void
 serve_interrupts(KvWorker *worker)
 {
@@ -261,7 +270,7 @@ serve_interrupts(KvWorker *worker)
 		ConfigReloadPending = false;
 		ProcessConfigFile(PGC_SIGHUP);
 		leave_if_not_served(worker);
-		kv_transfer_pool_configure(worker->pool, kv_per_host_connections, kv_max_concurrent_requests);
+		configure_network(worker);
 		kv_reference_forget_all();
 		kv_maintenance_reload();
 		worker->look = true;
@@ -317,7 +326,7 @@ start_up(KvWorker *worker, Oid database)
 	kv_worker_note_served(database);
 	MemoryContextSwitchTo(worker->context);
 	worker->pool = kv_transfer_pool_create();
-	kv_transfer_pool_configure(worker->pool, kv_per_host_connections, kv_max_concurrent_requests);
+	configure_network(worker);
 	worker->events = KvCreateWaitEventSet(3);
 	AddWaitEventToSet(worker->events, WL_LATCH_SET, PGINVALID_SOCKET, MyLatch, NULL);
 	AddWaitEventToSet(worker->events, WL_EXIT_ON_PM_DEATH, PGINVALID_SOCKET, NULL, NULL);
