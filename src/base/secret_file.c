@@ -16,25 +16,11 @@
 #include "miscadmin.h"
 #include "storage/fd.h"
 
-/* The path without symbolic links; of a file that is not there yet, its directory's. NULL when there is neither. */
-static char *
-resolve(const char *path)
-{
-	char	   *real_path = realpath(path, NULL);
-	char		directory[MAXPGPATH];
-
-	if (real_path)
-		return real_path;
-	strlcpy(directory, path, sizeof(directory));
-	get_parent_directory(directory);
-	return realpath(directory, NULL);
-}
-
 /* Does the path lead, through links too, into the data directory? */
 static bool
 is_in_data_directory(const char *path)
 {
-	char	   *real_path = resolve(path);
+	char	   *real_path = realpath(path, NULL);
 	char	   *real_data = realpath(DataDir, NULL);
 	bool		inside = real_path && real_data && path_is_prefix_of_path(real_data, real_path);
 

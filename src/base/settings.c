@@ -105,7 +105,7 @@ define_master_key_settings(void)
 							"How long the master key's command, or the Vault server, may take.",
 							NULL, &kv_master_key_timeout, 10000, 1, 600000, PGC_SIGHUP, GUC_UNIT_MS, NULL, NULL, NULL);
 	DefineCustomBoolVariable("keyvault.allow_master_key_in_data_directory",
-							 "Accepts a master key file, the file of Vault's token, or a .env file, inside the data directory, where base backups carry it along.",
+							 "Accepts a master key file, or the file of Vault's token, inside the data directory, where base backups carry it along.",
 							 NULL, &kv_allow_master_key_in_data_directory, false, PGC_SIGHUP, 0,
 							 NULL, NULL, NULL);
 	DefineCustomIntVariable("keyvault.record_key_cache_size",

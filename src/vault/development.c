@@ -15,7 +15,6 @@
 #include "base/error.h"
 #include "base/owner_spi.h"
 #include "base/secret.h"
-#include "base/secret_file.h"
 #include "base/settings.h"
 #include "catalog/pg_type.h"
 #include "fmgr.h"
@@ -66,8 +65,6 @@ kv_development_has(const char *name)
 static const char *
 env_path(void)
 {
-	const char *reason;
-
 	if (!is_absolute_path(kv_env_file))
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
@@ -75,12 +72,6 @@ env_path(void)
 				 : errmsg("development mode has no .env file"),
 				 errhint("ALTER SYSTEM SET keyvault.env_file = '/path/to/.env'; SELECT pg_reload_conf();  "
 						 "Or turn development mode off: ALTER SYSTEM SET keyvault.mode = 'production'.")));
-	reason = kv_secret_file_misplaced(kv_env_file);
-	if (reason)
-		ereport(ERROR,
-				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg(".env file \"%s\" %s", kv_env_file, reason),
-				 errhint("Move it, then ALTER SYSTEM SET keyvault.env_file = '/path/to/.env'; SELECT pg_reload_conf();")));
 	return kv_env_file;
 }
 

@@ -321,30 +321,6 @@ set_config($node, 'keyvault.env_file', '.env');
 is(state_of($node, $select), '55000', 'a relative path');
 set_config($node, 'keyvault.env_file', undef);
 
-# Base backups carry the data directory: no file in it, one yet to be made and one behind a link included.
-{
-	my $inside = $node->data_dir . '/.env';
-	my $link = "$directory/link-inside";
-	symlink $inside, $link;
-	mkdir $node->data_dir . '/below';
-	write_secret($_, "GEMINI_API_KEY=in-the-data-1\n") foreach $inside, $node->data_dir . '/below/.env';
-	foreach my $path ($inside, $link, $node->data_dir . '/below/.env', $node->data_dir . '/below/../yet-to-be-made')
-	{
-		set_config($node, 'keyvault.env_file', $path);
-		my ($out, $err) = session($select);
-		like($err, qr/ERROR:  \.env file ".*" lies in the data directory/, 'a file in the data directory is not read');
-		is(state_of($node, $store), '55000', 'nor written');
-	}
-	ok(!-e $node->data_dir . '/yet-to-be-made', 'none is made there');
-	is(slurp_file($inside), "GEMINI_API_KEY=in-the-data-1\n", 'what is there stays');
-	set_config($node, 'keyvault.env_file', $link);
-	set_config($node, 'keyvault.allow_master_key_in_data_directory', 'on');
-	is(keys_of('u'), '{"gemini": "in-the-data-1"}', 'unless that is accepted');
-	set_config($node, $_, undef) foreach 'keyvault.allow_master_key_in_data_directory', 'keyvault.env_file';
-	unlink $inside, $link, $node->data_dir . '/below/.env';
-	rmdir $node->data_dir . '/below';
-}
-
 # auto: what the environment of the server says.
 set_config($node, 'keyvault.mode', 'auto');
 foreach my $case (
