@@ -113,6 +113,9 @@ SQL
 	return;
 }
 
+# The query by which doc/keyvault.md has a restore checked.
+my ($check) = slurp_file('doc/keyvault.md') =~ /^(SELECT \(SELECT count\(\*\) FROM keyvault\.users\).*?;)$/ms or die 'no such query';
+
 # A hot standby.
 {
 	my $primary = new_node('primary', init => { allows_streaming => 1 });
@@ -180,12 +183,22 @@ fill($source);
 			: ('psql', '-Xq', '-v', 'ON_ERROR_STOP=1', '-f', "$directory/$database.sql", $target->connstr($database));
 		ok(run_log(\@restore), "$database: restored") or next;
 		is_copy_of($target, $database, $source, $database);
+		is($target->safe_psql($database, $check), $source->safe_psql('postgres', $check), "$database: the check of a restore agrees");
 		still_debits($target, $database, $database);
 		$target->safe_psql($database, "SELECT keyvault.store_api_key('exa', 'tap-stored-after-the-restore', user_id => 'rich')");
 		is($target->safe_psql($database, "SELECT keyvault.user_api_key('exa', 'rich')"), 'tap-stored-after-the-restore',
 			"$database: a key can be stored");
 		ends_as($target, queue_request($target, 'poor', 'restored', database => $database), 'done', "$database: calls are made", $database);
 	}
+
+	# Who has to keep to row-level security dumps nothing, and is told only when not asking for it.
+	$source->safe_psql('postgres', "CREATE ROLE dumper LOGIN; GRANT pg_read_all_data TO dumper; SELECT keyvault.grant_access('dumper', 'user')");
+	my $as_dumper = $source->connstr('postgres') . ' user=dumper';
+	command_fails_like([ 'pg_dump', '-f', "$directory/refused.sql", $as_dumper ], qr/row-level security/, 'pg_dump of a role without BYPASSRLS fails');
+	command_ok([ 'pg_dump', '--enable-row-security', '--no-privileges', '-f', "$directory/partial.sql", $as_dumper ], 'and with --enable-row-security it does not');
+	$target->safe_psql('postgres', 'CREATE DATABASE partial TEMPLATE template0');
+	ok(run_log([ 'psql', '-Xq', '-v', 'ON_ERROR_STOP=1', '-f', "$directory/partial.sql", $target->connstr('partial') ]), 'nor does its restore');
+	like($target->safe_psql('partial', $check), qr/^0\|\d+\|0\|0\|.*\|0$/, 'the check shows that users and keys are missing, sound as the ledger is');
 
 	# The keys open with no other master key, and the error says which one they need.
 	my $expected = $source->safe_psql('postgres', "SELECT encode(kek_id, 'hex') FROM keyvault.master_keys");
