@@ -12,6 +12,7 @@
 #include "gateway/database_drop.h"
 
 #include "access/htup_details.h"
+#include "catalog/pg_authid.h"
 #include "catalog/pg_database.h"
 #include "commands/dbcommands.h"
 #include "commands/defrem.h"
@@ -47,6 +48,7 @@ database_to_vacate(Node *command)
 	{
 		ListCell   *cell;
 
+		name = "template1";
 		foreach(cell, castNode(CreatedbStmt, command)->options)
 			if (strcmp(lfirst_node(DefElem, cell)->defname, "template") == 0 && lfirst_node(DefElem, cell)->arg)
 				name = defGetString(lfirst_node(DefElem, cell));
@@ -54,18 +56,33 @@ database_to_vacate(Node *command)
 	return name ? get_database_oid(name, true) : InvalidOid;
 }
 
+static bool
+may_create_databases(void)
+{
+	HeapTuple	tuple = SearchSysCache1(AUTHOID, ObjectIdGetDatum(GetUserId()));
+	bool		allowed = superuser();
+
+	if (!HeapTupleIsValid(tuple))
+		return false;
+	allowed = allowed || ((Form_pg_authid) GETSTRUCT(tuple))->rolcreatedb;
+	ReleaseSysCache(tuple);
+	return allowed;
+}
+
 /* Only who may run the command may stop the worker. */
 static bool
-may_vacate(Oid database)
+may_vacate(Oid database, bool to_copy)
 {
 	HeapTuple	tuple = SearchSysCache1(DATABASEOID, ObjectIdGetDatum(database));
+	Form_pg_database row;
 	bool		allowed;
 
 	if (!HeapTupleIsValid(tuple))
 		return false;
-	allowed = has_privs_of_role(GetUserId(), ((Form_pg_database) GETSTRUCT(tuple))->datdba);
+	row = (Form_pg_database) GETSTRUCT(tuple);
+	allowed = (to_copy && row->datistemplate) || has_privs_of_role(GetUserId(), row->datdba);
 	ReleaseSysCache(tuple);
-	return allowed && database != MyDatabaseId;
+	return allowed && (!to_copy || may_create_databases()) && database != MyDatabaseId;
 }
 
 static void
@@ -85,7 +102,7 @@ process_utility(PlannedStmt *pstmt, const char *query_string, bool read_only_tre
 	Node	   *command = pstmt->utilityStmt;
 	Oid			database = context == PROCESS_UTILITY_TOPLEVEL ? database_to_vacate(command) : InvalidOid;
 
-	if (OidIsValid(database) && may_vacate(database))
+	if (OidIsValid(database) && may_vacate(database, IsA(command, CreatedbStmt)))
 	{
 		bool		still_there = true;
 
@@ -100,6 +117,8 @@ process_utility(PlannedStmt *pstmt, const char *query_string, bool read_only_tre
 			kv_worker_stop_end(database, still_there);
 			if (!still_there)
 				kv_key_use_forget_database(database);
+			else if (!IsA(command, CreatedbStmt))
+				kv_worker_wake(database);
 		}
 		PG_END_TRY();
 		return;

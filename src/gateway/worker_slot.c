@@ -406,7 +406,11 @@ kv_worker_attach(Oid database)
 		attached = slot;
 	}
 	else if (slot != NULL)
+	{
+		/* One that a command keeps away is to come when that has ended. */
+		slot->wanted = slot->wanted || slot->worker == NO_PROCESS;
 		slot->starting = false;
+	}
 	LWLockRelease(&shared->lock);
 	return !taken;
 }
@@ -468,24 +472,25 @@ kv_worker_stop(Oid database)
 	}
 }
 
-/* Allow a worker again; wake says whether the database is still there and may want one. */
+/* Allow a worker again, and start one if that is wanted by now, or was ended; unless the database is gone. */
 void
-kv_worker_stop_end(Oid database, bool wake)
+kv_worker_stop_end(Oid database, bool still_there)
 {
 	WorkerSlot *slot;
+	int			launcher;
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
 	slot = find_slot(database, false);
-	if (!wake)
+	if (!still_there)
 		forget_served(database);
 	if (slot != NULL)
 	{
 		slot->stopped_until = 0;
-		slot->wanted = wake;
+		slot->wanted = slot->wanted && still_there;
 		if (slot->worker == NO_PROCESS)
 			release_slot(slot);
 	}
+	launcher = shared->launcher;
 	LWLockRelease(&shared->lock);
-	if (wake)
-		kv_worker_wake(database);
+	set_latch_of(launcher);
 }

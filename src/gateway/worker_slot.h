@@ -40,6 +40,6 @@ extern void kv_worker_announce_settlement(void);
 
 /* for DROP DATABASE */
 extern void kv_worker_stop(Oid database);
-extern void kv_worker_stop_end(Oid database, bool wake);
+extern void kv_worker_stop_end(Oid database, bool still_there);
 
 #endif

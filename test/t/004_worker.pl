@@ -177,9 +177,51 @@ sub lets_databases_go
 		'left_behind');
 	ends_as($node, queue_request($node, 'copy', 'hello', database => 'copied'), 'done', 'and so is the copy', 'copied');
 	is(state_of($node, 'ALTER DATABASE copied RENAME TO renamed'), '', 'a database can be renamed while its worker idles');
+	$node->safe_psql('postgres', "SET allow_in_place_tablespaces = on; CREATE TABLESPACE elsewhere LOCATION ''");
+	is(state_of($node, 'ALTER DATABASE renamed SET TABLESPACE elsewhere'), '', 'or moved');
+	ends_as($node, queue_request($node, 'moved', 'hello', database => 'renamed'), 'done', 'where it is served, too', 'renamed');
 	send_gated('dropped', 'never', database => 'left_behind');
 	is(state_of($node, "DROP DATABASE $_"), '', "DROP DATABASE while a worker $_") foreach 'left_behind', 'renamed';
-	sql('DROP ROLE stranger');
+	sql("DROP $_") foreach 'ROLE stranger', 'TABLESPACE elsewhere';
+	return;
+}
+
+# template1 has a worker when it has the extension and requests.
+sub lets_templates_be_copied
+{
+	$node->safe_psql('template1', 'CREATE EXTENSION keyvault CASCADE');
+	use_mock($node, $port, 'template1');
+	sql('CREATE ROLE maker CREATEDB; CREATE ROLE nobody');
+	my $serve = sub { ends_as($node, queue_request($node, 'template', 'hello', database => 'template1'), 'done', 'template1 has a worker', 'template1') };
+	$serve->();
+	my $pid = worker_pid($node, 'template1');
+	is(state_of($node, 'SET ROLE nobody; CREATE DATABASE made'), '42501', 'who may not create databases');
+	is(worker_pid($node, 'template1'), $pid, 'does not end it');
+	is(state_of($node, 'CREATE DATABASE made'), '', 'a database can be created from it');
+	$serve->();
+	is(state_of($node, 'SET ROLE maker; CREATE DATABASE made_by_maker'), '', 'by others than its owner, too');
+	$serve->();
+	sql("DROP $_") foreach 'DATABASE made', 'DATABASE made_by_maker', 'ROLE maker', 'ROLE nobody';
+	$node->safe_psql('template1', 'DROP EXTENSION keyvault; DROP EXTENSION pgcrypto');
+	return;
+}
+
+# Databases are visited for maintenance; one that is gone is not.
+sub forgets_what_is_gone
+{
+	new_database($_) foreach 'gone', 'visited';
+	ends_as($node, queue_request($node, 'visited', 'hello', database => $_), 'done', "database $_ has a worker", $_) foreach 'gone', 'visited';
+	my $begin = -s $node->logfile;
+	is(state_of($node, 'DROP DATABASE gone'), '', 'it is dropped');
+	my %setting = ('keyvault.worker_idle_timeout' => '10ms', 'keyvault.maintenance_interval' => '200ms');
+	set_config($node, $_, $setting{$_}) foreach sort keys %setting;
+	my %seen;
+	ok(wait_until(sub { $seen{ sql("SELECT xact_commit FROM pg_stat_database WHERE datname = 'visited'") } = 1; keys %seen > 3 }), 'others are visited');
+	set_config($node, $_, undef) foreach sort keys %setting;
+	my @fatal = slurp_file($node->logfile, $begin) =~ /(FATAL: .*)/g;
+	is(scalar(grep { !/terminating background worker/ } @fatal), 0, 'no worker goes where it was');
+	cmp_ok(scalar(@fatal), '<=', 1, 'and the log tells of the end of one') or diag(join "\n", @fatal);
+	sql('DROP DATABASE visited');
 	return;
 }
 
@@ -450,6 +492,8 @@ leaves_when_idle();
 does_not_poll();
 serves_every_database();
 lets_databases_go();
+lets_templates_be_copied();
+forgets_what_is_gone();
 lets_the_extension_go();
 takes_new_settings();
 comes_back();
