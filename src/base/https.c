@@ -94,14 +94,17 @@ kv_https_keep_no_plaintext(void *easy)
 }
 
 /*
- * Have a call, a handle of libcurl, that ends while its host's name is looked up not wait for that. The resolver's thread
- * ends by itself, and frees what it has. Before 7.87 libcurl waits.
+ * Have a call that ends while its host's name is looked up not wait for that, nor the multi handle's end; both are handles
+ * of libcurl. The resolver's thread ends by itself, and frees what it has. Before 7.87 libcurl waits.
  */
 void
-kv_https_leave_resolver(void *easy)
+kv_https_leave_resolver(void *multi, void *easy)
 {
 #if CURL_AT_LEAST_VERSION(7, 87, 0)
 	curl_easy_setopt(easy, CURLOPT_QUICK_EXIT, 1L);
+#endif
+#if CURL_AT_LEAST_VERSION(8, 20, 0)
+	curl_multi_setopt(multi, CURLMOPT_QUICK_EXIT, 1L);
 #endif
 }
 
@@ -191,7 +194,7 @@ prepare(Call *call, const KvHttpsRequest *request, bool plain)
 		curl_easy_setopt(call->easy, CURLOPT_CAPATH, NULL);
 	}
 	kv_https_keep_no_plaintext(call->easy);
-	kv_https_leave_resolver(call->easy);
+	kv_https_leave_resolver(call->multi, call->easy);
 	if (request->body)
 	{
 		curl_easy_setopt(call->easy, CURLOPT_POSTFIELDSIZE_LARGE, (curl_off_t) strlen(request->body));

@@ -28,7 +28,7 @@ typedef struct KvHttpsResponse
 
 extern bool kv_https_initialize(void);
 extern void kv_https_keep_no_plaintext(void *easy);
-extern void kv_https_leave_resolver(void *easy);
+extern void kv_https_leave_resolver(void *multi, void *easy);
 extern bool kv_https_host_is_loopback(const char *host);
 extern bool kv_https_call(const KvHttpsRequest *request, KvHttpsResponse *response);
 

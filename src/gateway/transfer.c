@@ -183,6 +183,10 @@ kv_transfer_pool_configure(KvTransferPool *pool, int host_connections, int conne
 	curl_multi_setopt(pool->multi, CURLMOPT_MAX_HOST_CONNECTIONS, (long) host_connections);
 	curl_multi_setopt(pool->multi, CURLMOPT_MAX_TOTAL_CONNECTIONS, (long) connections);
 	curl_multi_setopt(pool->multi, CURLMOPT_MAXCONNECTS, (long) connections);
+#if CURL_AT_LEAST_VERSION(8, 20, 0)
+	/* Or lookups that hang hold up those of other calls. */
+	curl_multi_setopt(pool->multi, CURLMOPT_RESOLVE_THREADS_MAX, (long) connections);
+#endif
 }
 
 /* Readable when kv_transfer_pool_advance has something to do. */
@@ -356,7 +360,6 @@ set_options(KvTransfer *transfer, const KvTransferRequest *request)
 		curl_easy_setopt(easy, CURLOPT_POSTFIELDS, transfer->request_body);
 	}
 	kv_https_keep_no_plaintext(easy);
-	kv_https_leave_resolver(easy);
 	curl_easy_setopt(easy, CURLOPT_OPENSOCKETFUNCTION, open_socket);
 	curl_easy_setopt(easy, CURLOPT_OPENSOCKETDATA, transfer);
 	curl_easy_setopt(easy, CURLOPT_WRITEFUNCTION, take_body);
@@ -389,6 +392,7 @@ kv_transfer_start(KvTransferPool *pool, const KvTransferRequest *request, char *
 	if (started)
 	{
 		set_options(transfer, request);
+		kv_https_leave_resolver(pool->multi, transfer->easy);
 		sigprocmask(SIG_SETMASK, &BlockSig, NULL);
 		started = curl_multi_add_handle(pool->multi, transfer->easy) == CURLM_OK;
 		sigprocmask(SIG_SETMASK, &UnBlockSig, NULL);

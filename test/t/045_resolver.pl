@@ -5,7 +5,8 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 use Keyvault;
 
-# A library that is loaded before libc has the name hangs.test looked up for as long as a file is not there, or 20 seconds.
+# A library that is loaded before libc has the name hangs.test looked up for as long as a file is not there, or 20 seconds;
+# mock.test is where the stand-in is.
 my $directory = PostgreSQL::Test::Utils::tempdir;
 my $library = "$directory/resolver.so";
 write_secret("$directory/resolver.c", <<"C");
@@ -30,6 +31,8 @@ getaddrinfo(const char *host, const char *service, const struct addrinfo *hints,
 {
 	int			(*next) (const char *, const char *, const struct addrinfo *, struct addrinfo **) = dlsym(RTLD_NEXT, "getaddrinfo");
 
+	if (host && strcmp(host, "mock.test") == 0)
+		return next("127.0.0.1", service, hints, result);
 	if (host == NULL || strcmp(host, "hangs.test") != 0)
 		return next(host, service, hints, result);
 	note("$directory/entered");
@@ -54,7 +57,8 @@ CONF
 }
 $node->safe_psql('postgres', 'CREATE EXTENSION keyvault CASCADE');
 use_mock($node, $port);
-$node->safe_psql('postgres', "UPDATE keyvault.providers SET base_url = 'https://hangs.test', allowed_host = NULL WHERE provider = 'anthropic'");
+$node->safe_psql('postgres', "UPDATE keyvault.providers SET base_url = 'https://hangs.test', allowed_host = NULL WHERE provider = 'anthropic';
+	UPDATE keyvault.providers SET base_url = 'http://mock.test:$port', allowed_host = 'mock.test:$port' WHERE provider = 'openai'");
 
 sub count_of
 {
@@ -62,22 +66,26 @@ sub count_of
 	return -s "$directory/$what" // 0;
 }
 
-# Queue a call to a host whose name is not found; returns when its lookup is under way.
+# Queue calls to a host whose name is not found; returns the last one's id when their lookups are under way.
 sub hang
 {
-	my ($timeout) = @_;
+	my ($timeout, $calls) = @_;
 	my $before = count_of('entered');
-	my $id = $node->safe_psql('postgres', "SELECT keyvault.request('anthropic', " . chat('hello') . ", user_id => 'hanging', timeout => '$timeout')");
-	ok(wait_until(sub { count_of('entered') > $before }), 'a lookup hangs');
-	return $id;
+	my $ids = $node->safe_psql('postgres',
+		"SELECT keyvault.request('anthropic', " . chat('hello') . ", user_id => 'hanging', timeout => '$timeout') FROM generate_series(1, $calls)");
+	ok(wait_until(sub { count_of('entered') >= $before + $calls }), "$calls lookups hang");
+	return (split /\n/, $ids)[-1];
 }
 
-my $request = hang('300 ms');
-ends_as($node, $request, 'failed', 'its call ends when its time is over');
+my $request = hang('300 ms', 1);
+ends_as($node, $request, 'failed', 'a call ends when its time is over');
 ends_as($node, queue_request($node, 'other', 'hello'), 'done', q(another user's call is answered));
 is(count_of('left'), 0, 'meanwhile');
 
-hang('60 s');
+# libcurl has 20 threads for lookups of its own accord.
+hang('60 s', 25);
+ends_as($node, queue_request($node, 'other', 'hello'), 'done', 'another name is looked up');
+is(count_of('left'), 0, 'meanwhile');
 my $pid = worker_pid($node);
 $node->safe_psql('postgres', "SELECT pg_terminate_backend($pid)");
 ok(wait_until(sub { !kill 0, $pid }), 'the worker can be ended');
@@ -99,7 +107,7 @@ is(count_of('left'), 0, 'meanwhile');
 write_secret("$directory/gate", '');
 $node->safe_psql('postgres', "ALTER SYSTEM RESET $_") foreach 'keyvault.vault_address', 'keyvault.vault_transit_key';
 set_config($node, 'keyvault.master_key_file', $file);
-$request = hang('60 s');
+$request = hang('60 s', 1);
 ends_as($node, $request, 'failed', 'a name that does not exist ends its call');
 ends_as($node, queue_request($node, 'other', 'hello'), 'done', 'others go on');
 $node->stop;
