@@ -13,6 +13,7 @@ SELECT user_id, kind, reason, amount::float, remaining::float, expired::float FR
 CREATE FUNCTION pg_temp.month_passes(who text) RETURNS void LANGUAGE sql AS $$
 UPDATE keyvault.credit_balances SET period_anchor = now() - interval '1 hour', period_start = period_start - interval '1 month',
        period_end = now() - interval '1 hour', due_at = now() - interval '1 hour' WHERE user_id = who;
+UPDATE keyvault.credit_notices SET period_start = period_start - interval '1 month' WHERE user_id = who;
 $$;
 CREATE FUNCTION pg_temp.expires(who text, why text) RETURNS void LANGUAGE sql AS $$
 UPDATE keyvault.credit_grants SET expires_at = now() - interval '1 minute' WHERE user_id = who AND reason = why;
