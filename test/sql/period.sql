@@ -60,7 +60,13 @@ DELETE FROM keyvault.credit_periods WHERE user_id LIKE 'pe\_____\_%';
 UPDATE keyvault.credit_balances SET period_anchor = '2020-01-31 12:00+00', period_start = '2020-02-29 12:00+00', period_end = '2020-03-31 12:00+00'
  WHERE user_id LIKE 'pe\_____\_%';
 SELECT count(keyvault.release_credits(keyvault.reserve_credits(0, user_id => 'pe_slow_' || kind), 'pe_slow_' || kind)) FROM renewed;
+-- Two of these debits go the long way: the one that reaches a threshold, for either user.
+SET track_functions = 'pl';
+BEGIN;
 INSERT INTO keyvault.usage_records (user_id, credits) SELECT 'pe_' || way || '_' || kind, CASE kind WHEN 'reaches' THEN 55 ELSE 0.5 END FROM renewed, unnest('{fast,slow}'::text[]) way;
+SELECT sum(calls) FROM pg_stat_xact_user_functions WHERE funcname = '_debit_slow';
+COMMIT;
+RESET track_functions;
 CREATE TEMP VIEW outcome AS
 SELECT substr(b.user_id, 4, 4) AS way, substr(b.user_id, 9) AS kind, to_jsonb(b) - 'user_id' AS balance, to_jsonb(p) - '{user_id,id}'::text[] AS period,
        (SELECT count(*) FROM keyvault.credit_notices n WHERE n.user_id = b.user_id AND n.period_start = b.period_start) AS notices
@@ -72,6 +78,16 @@ SELECT kind, balance ->> 'monthly_credits' AS monthly, balance ->> 'credits_used
        period ->> 'credits_used' AS before, period ->> 'overage' AS overage, period ->> 'plan' AS plan
   FROM outcome WHERE way = 'fast' ORDER BY 1;
 SELECT count(*) FROM keyvault.verify_ledger() v WHERE v.user_id LIKE 'pe\_____\_%';
+
+-- With a budget or a grant more is to be done.
+SELECT keyvault.set_budget('pe_fast_agreed', 20) IS NOT NULL AS budgeted, keyvault.grant_credits('pe_slow_agreed', 3, 'period') IS NOT NULL AS granted;
+UPDATE keyvault.credit_balances SET period_end = now() WHERE user_id IN ('pe_fast_agreed', 'pe_slow_agreed');
+INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('pe_fast_agreed', 2), ('pe_slow_agreed', 42);
+SELECT user_id, credits_used, extra_credits, notice_at FROM keyvault.credit_balances WHERE user_id IN ('pe_fast_agreed', 'pe_slow_agreed') ORDER BY 1;
+SELECT spent::float FROM keyvault.credit_budgets WHERE user_id = 'pe_fast_agreed';
+UPDATE keyvault.credit_balances SET period_end = now() WHERE user_id = 'pe_slow_agreed';
+INSERT INTO keyvault.usage_records (user_id, credits) VALUES ('pe_slow_agreed', 1);
+SELECT credits_used, extra_credits, extra_spent FROM keyvault.credit_balances WHERE user_id = 'pe_slow_agreed';
 
 -- An administrator's trigger sees the period begin; the table's own has nothing to add.
 CREATE FUNCTION pg_temp.tell() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE WARNING 'from % to %', OLD.credits_used, NEW.credits_used; RETURN NEW; END $$;
