@@ -62,36 +62,31 @@ has_room(TupleTableSlot *row, Numeric amount, Numeric *used)
 	return kv_amount_at_most(taken, kv_amount_add(monthly, kv_balance_row_amount(row, BALANCE_EXTRA_CREDITS)));
 }
 
-/* Columns that a debit writes, and that the renewal of a plain balance does: a bit for each. */
-#define COLUMN(attribute) (UINT32_C(1) << (attribute))
-#define COLUMNS_OF_DEBIT COLUMN(BALANCE_CREDITS_USED)
-#define COLUMNS_OF_RENEWAL \
-	(COLUMN(BALANCE_MONTHLY_CREDITS) | COLUMN(BALANCE_CREDITS_USED) | COLUMN(BALANCE_PERIOD_START) | \
-	 COLUMN(BALANCE_PERIOD_END) | COLUMN(BALANCE_DUE_AT) | COLUMN(BALANCE_NOTICE_AT) | \
-	 COLUMN(BALANCE_CREDITS_COVERED) | COLUMN(BALANCE_CREDITS_OVERAGE))
+/* Instead of a column: any of them. */
+#define ANY_COLUMN 0
 
-/* Whether a trigger has to see that one of the columns changes. What keep_due sees to is so here. */
+/* Whether a trigger has to see that the column changes. What keep_due sees to is so here. */
 static bool
-concerns(const Trigger *trigger, uint32 columns)
+concerns(const Trigger *trigger, int column)
 {
-	bool		result = trigger->tgnattr == 0; /* of all columns */
+	bool		result = trigger->tgnattr == 0 || column == ANY_COLUMN;
 
 	if (!TRIGGER_FOR_UPDATE(trigger->tgtype) || trigger->tgenabled == TRIGGER_DISABLED || strcmp(trigger->tgname, "keep_due") == 0)
 		return false;
 	for (int i = 0; i < trigger->tgnattr; i++)
-		result |= trigger->tgattr[i] <= BALANCE_CREDITS_OVERAGE && (columns & COLUMN(trigger->tgattr[i])) != 0;
+		result |= trigger->tgattr[i] == column;
 	return result;
 }
 
-/* Whether an UPDATE of the columns would do more than write the row: an administrator may have added to the table. */
+/* Whether an UPDATE of the column would do more than write the row: an administrator may have added to the table. */
 static bool
-is_more_than_a_write(Relation balances, uint32 columns)
+is_more_than_a_write(Relation balances, int column)
 {
 	const TupleConstr *constraints = RelationGetDescr(balances)->constr;
 	const TriggerDesc *triggers = balances->trigdesc;
 
 	for (int i = 0; triggers && i < triggers->numtriggers; i++)
-		if (concerns(&triggers->triggers[i], columns))
+		if (concerns(&triggers->triggers[i], column))
 			return true;
 	return constraints && (constraints->num_check > 0 || constraints->has_generated_stored);
 }
@@ -203,7 +198,7 @@ debit_due_row(Relation balances, TupleTableSlot *row, Numeric amount)
 	Numeric		used;
 	TM_Result	result;
 
-	if (is_more_than_a_write(balances, COLUMNS_OF_RENEWAL))
+	if (is_more_than_a_write(balances, ANY_COLUMN))
 		return KV_BALANCE_UNDECIDED;
 	copy = kv_balance_row_copy(balances, row);
 	plan = kv_renewal_begin(row, copy);
@@ -295,7 +290,7 @@ kv_balance_debit(const char *user_id, int64 micro_credits)
 	kv_owner_fresh_snapshot_begin();
 	kv_index_scan_begin(&scan, kv_index_or(&slot_0_of_user, &slots_of_user), &key);
 	/* The table of version 0.1.0 lacks columns: keyvault._debit_slow() does for it what an UPDATE can. */
-	if (RelationGetDescr(scan.table)->natts >= BALANCE_CREDITS_OVERAGE && !is_more_than_a_write(scan.table, COLUMNS_OF_DEBIT) &&
+	if (RelationGetDescr(scan.table)->natts >= BALANCE_CREDITS_OVERAGE && !is_more_than_a_write(scan.table, BALANCE_CREDITS_USED) &&
 		kv_index_scan_next(&scan, ForwardScanDirection))
 	{
 		CheckCmdReplicaIdentity(scan.table, CMD_UPDATE);
