@@ -72,7 +72,10 @@ CREATE TABLE keyvault.api_keys (
 ) WITH (fillfactor = 70);  -- room for the uses that are noted, so that no index grows by them
 ALTER TABLE keyvault.api_keys ALTER COLUMN ciphertext SET STORAGE EXTERNAL;
 CREATE INDEX api_keys_boxes ON keyvault.api_keys (user_id, id) WHERE fingerprint IS NULL;
-CREATE INDEX api_keys_user_id ON keyvault.api_keys USING hash (user_id);  -- the lookups' way
+-- The lookups' ways: all of a user's keys, and one by its name.
+CREATE INDEX api_keys_user_id ON keyvault.api_keys USING hash (user_id);
+CREATE INDEX api_keys_hash_of_name ON keyvault.api_keys
+    USING hash (hashtextextended(user_id, hashtextextended(provider, hashtextextended(name, 0))));
 COMMENT ON TABLE keyvault.api_keys IS 'Provider keys that users handed over, encrypted. The user '''' is the platform.';
 COMMENT ON COLUMN keyvault.api_keys.ciphertext IS 'Secret record, or a sealed box that the worker has yet to make a record of: see "Formats" in doc/keyvault.md.';
 COMMENT ON COLUMN keyvault.api_keys.hint IS 'Enough of the key for its owner to recognise it: at most three first and four last characters.';

@@ -2423,6 +2423,8 @@ ALTER TABLE keyvault.api_keys ADD COLUMN use_count bigint NOT NULL DEFAULT 0;
 
 CREATE INDEX api_keys_boxes ON keyvault.api_keys (user_id, id) WHERE fingerprint IS NULL;
 CREATE INDEX api_keys_user_id ON keyvault.api_keys USING hash (user_id);
+CREATE INDEX api_keys_hash_of_name ON keyvault.api_keys
+    USING hash (hashtextextended(user_id, hashtextextended(provider, hashtextextended(name, 0))));
 
 COMMENT ON COLUMN keyvault.api_keys.status IS 'active; failed: the provider refused it when it was last used, or it came sealed and is none, as problem says.';
 COMMENT ON COLUMN keyvault.api_keys.ciphertext IS 'Secret record, or a sealed box that the worker has yet to make a record of: see "Formats" in doc/keyvault.md.';

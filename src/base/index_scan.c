@@ -30,6 +30,8 @@ equality_of(Oid type)
 			return F_BYTEAEQ;
 		case INT2OID:
 			return F_INT2EQ;
+		case INT8OID:
+			return F_INT8EQ;
 		default:
 			return F_TEXTEQ;
 	}
@@ -61,23 +63,27 @@ kv_index_scan_begin(KvIndexScan *scan, KvIndex *index, const Datum *keys)
 	index_rescan(scan->descriptor, conditions, index->nkeys, NULL, 0);
 }
 
-/* Whether the current row's columns equal the keys. A hash index knows their hashes only. */
+/* Whether the current row's columns equal the keys. A hash index knows their hashes only; an expression is the caller's to compare. */
 static bool
 is_match(KvIndexScan *scan)
 {
 	for (int i = 0; i < scan->descriptor->numberOfKeys; i++)
 	{
 		ScanKey		key = &scan->descriptor->keyData[i];
+		AttrNumber	attribute = scan->index->rd_index->indkey.values[i];
 		bool		isnull;
-		Datum		value = slot_getattr(scan->slot, scan->index->rd_index->indkey.values[i], &isnull);
+		Datum		value;
 
+		if (attribute == InvalidAttrNumber)
+			continue;
+		value = slot_getattr(scan->slot, attribute, &isnull);
 		if (isnull || !DatumGetBool(FunctionCall2Coll(&key->sk_func, key->sk_collation, value, key->sk_argument)))
 			return false;
 	}
 	return true;
 }
 
-/* Step to the next row; false when there is none. */
+/* Step to the next row; false when there is none. By a hash of an expression, rows with others of the same hash come, too. */
 bool
 kv_index_scan_next(KvIndexScan *scan, ScanDirection direction)
 {

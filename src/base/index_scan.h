@@ -22,7 +22,7 @@ typedef struct KvIndex
 	KvRelation	table;
 	KvRelation	index;
 	int			nkeys;
-	Oid			keytypes[KV_INDEX_SCAN_MAX_KEYS];	/* text, uuid, bytea or int2 */
+	Oid			keytypes[KV_INDEX_SCAN_MAX_KEYS];	/* text, uuid, bytea, int2 or int8 */
 	LOCKMODE	lockmode;		/* of the table; 0: AccessShareLock */
 } KvIndex;
 

@@ -14,11 +14,13 @@
 #include "base/error.h"
 #include "base/index_scan.h"
 #include "base/redaction.h"
+#include "catalog/pg_collation.h"
 #include "catalog/pg_type.h"
 #include "crypto/reveal.h"
 #include "fmgr.h"
 #include "identity/identity.h"
 #include "utils/builtins.h"
+#include "utils/fmgrprotos.h"
 #include "utils/jsonb.h"
 #include "utils/timestamp.h"
 #include "vault/api_key.h"
@@ -47,11 +49,9 @@ enum
 
 static KvIndex by_id = {{"api_keys"}, {"api_keys_pkey"}, 2, {TEXTOID, UUIDOID}};
 static KvIndex by_name = {{"api_keys"}, {"api_keys_user_id_provider_name_key"}, 3, {TEXTOID, TEXTOID, TEXTOID}};
+static KvIndex by_hash_of_name = {{"api_keys"}, {"api_keys_hash_of_name"}, 1, {INT8OID}};
 static KvIndex by_user = {{"api_keys"}, {"api_keys_user_id"}, 1, {TEXTOID}};
 static KvIndex by_user_of_name = {{"api_keys"}, {"api_keys_user_id_provider_name_key"}, 1, {TEXTOID}};
-
-/* Keys of a user that are looked at each; the one of a name among more is found by the index of names. */
-#define FEW_KEYS 16
 
 static bool
 is_expired(KvIndexScan *scan)
@@ -71,6 +71,14 @@ column_is(KvIndexScan *scan, int attribute, const char *value, Size length)
 	return VARSIZE_ANY_EXHDR(stored) == length && memcmp(VARDATA_ANY(stored), value, length) == 0;
 }
 
+static bool
+column_equals(KvIndexScan *scan, int attribute, Datum value)
+{
+	text	   *other = DatumGetTextPP(value);
+
+	return column_is(scan, attribute, VARDATA_ANY(other), VARSIZE_ANY_EXHDR(other));
+}
+
 /* Is the current row's key kept elsewhere? */
 static bool
 is_reference(KvIndexScan *scan)
@@ -78,28 +86,31 @@ is_reference(KvIndexScan *scan)
 	return column_is(scan, API_KEYS_SOURCE, "reference", strlen("reference"));
 }
 
+/* What the index api_keys_hash_of_name has of a key's user, provider and name. */
+static Datum
+hash_of_name(const Datum *names)
+{
+	Datum		hash = Int64GetDatum(0);
+
+	for (int i = 2; i >= 0; i--)
+		hash = DirectFunctionCall2Coll(hashtextextended, C_COLLATION_OID, names[i], hash);
+	return hash;
+}
+
 /* Begin a scan, and step to the key that is named by user, provider and name; false when there is none. */
 static bool
 find_by_name(KvIndexScan *scan, const Datum *names)
 {
-	KvIndex    *index = kv_index_or(&by_user, &by_name);
-	text	   *provider = DatumGetTextPP(names[1]);
-	text	   *name = DatumGetTextPP(names[2]);
+	KvIndex    *index = kv_index_or(&by_hash_of_name, &by_name);
+	Datum		hash = hash_of_name(names);
 
-	kv_index_scan_begin(scan, index, names);
-	if (index == &by_name)
-		return kv_index_scan_next(scan, ForwardScanDirection);
-	for (int i = 0; i < FEW_KEYS; i++)
-	{
-		if (!kv_index_scan_next(scan, ForwardScanDirection))
-			return false;
-		if (column_is(scan, API_KEYS_PROVIDER, VARDATA_ANY(provider), VARSIZE_ANY_EXHDR(provider)) &&
-			column_is(scan, API_KEYS_NAME, VARDATA_ANY(name), VARSIZE_ANY_EXHDR(name)))
+	kv_index_scan_begin(scan, index, index == &by_name ? names : &hash);
+	while (kv_index_scan_next(scan, ForwardScanDirection))
+		if (column_equals(scan, API_KEYS_USER_ID, names[0]) &&
+			column_equals(scan, API_KEYS_PROVIDER, names[1]) &&
+			column_equals(scan, API_KEYS_NAME, names[2]))
 			return true;
-	}
-	kv_index_scan_end(scan);
-	kv_index_scan_begin(scan, &by_name, names);
-	return kv_index_scan_next(scan, ForwardScanDirection);
+	return false;
 }
 
 /* Open the key of the scan's current row, and note its use; NULL when it does not open. */

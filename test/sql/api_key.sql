@@ -144,15 +144,26 @@ UPDATE keyvault.api_keys SET ciphertext = set_byte(ciphertext, 90, 255 - get_byt
 SELECT keyvault.user_api_keys('key_a');
 ROLLBACK;
 
--- Keys are found by the hash of their user's id: one that another user's id has, and one of very many keys.
+-- All keys of a user are found by the hash of his id, which another user's may have, too.
 SELECT hashtext('user_87903') = hashtext('user_104901') AS one_hash;
 SELECT keyvault.store_api_key('openai', 'sk-regress-87903', user_id => 'user_87903') IS NOT NULL AS stored;
-SELECT keyvault.user_api_key('openai', 'user_104901'), keyvault.user_api_keys('user_104901');
+SELECT keyvault.user_api_keys('user_104901');
 SELECT keyvault.store_api_key('openai', 'sk-regress-104901', user_id => 'user_104901') IS NOT NULL AS stored;
-SELECT keyvault.user_api_key('openai', 'user_87903'), keyvault.user_api_keys('user_104901');
-SELECT count(keyvault.store_api_key('openai', 'sk-regress-many-' || i, 'name_' || i, 'key_many')) FROM generate_series(1, 40) i;
-SELECT count(*) FROM generate_series(1, 40) i WHERE keyvault.user_api_key('openai', 'key_many', 'name_' || i) = 'sk-regress-many-' || i;
-SELECT keyvault.user_api_key('openai', 'key_many', 'name_41'), keyvault.user_api_key('anthropic', 'key_many', 'name_40');
+SELECT keyvault.user_api_keys('user_87903'), keyvault.user_api_keys('user_104901');
+-- One key is found by the hash of its user, provider and name: here two at a time have the same.
+BEGIN;
+INSERT INTO keyvault.providers (provider, base_url) SELECT 'provider-' || i, 'https://hash.example' FROM unnest('{5460,94905}'::int[]) i;
+CREATE TEMPORARY TABLE names ON COMMIT DROP AS
+    SELECT * FROM (VALUES ('user_14855', 'openai', 'default', 1), ('user_105288', 'openai', 'default', 2),
+                          ('key_many', 'provider-5460', 'default', 1), ('key_many', 'provider-94905', 'default', 2),
+                          ('key_many', 'openai', 'name_27584', 1), ('key_many', 'openai', 'name_45307', 2)) n (user_id, provider, name, turn);
+SELECT count(*), count(DISTINCT hashint8(hashtextextended(user_id COLLATE "C", hashtextextended(provider COLLATE "C", hashtextextended(name COLLATE "C", 0)))))
+  FROM names;
+SELECT count(keyvault.store_api_key(provider, 'sk-regress-first-' || provider, name, user_id)) FROM names WHERE turn = 1;
+SELECT user_id, provider, name, keyvault.user_api_key(provider, user_id, name) FROM names ORDER BY user_id, provider, turn;
+SELECT count(keyvault.store_api_key(provider, 'sk-regress-second-' || provider, name, user_id)) FROM names WHERE turn = 2;
+SELECT user_id, provider, name, keyvault.user_api_key(provider, user_id, name) FROM names ORDER BY user_id, provider, turn;
+ROLLBACK;
 
 -- Deleting.
 SELECT keyvault.delete_api_key('openai', user_id => 'key_a'), keyvault.delete_api_key('openai', user_id => 'key_a');
