@@ -2,5 +2,5 @@
 run_upgrade() {
 	prepare
 	cp sql/released/*.sql "$("$PG_BIN/pg_config" --sharedir)/extension"
-	prove_files upgrade 'test/upgrade/*.pl'
+	prove_files upgrade 'test/upgrade/*.pl' "$(nproc)"
 }
