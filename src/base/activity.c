@@ -104,8 +104,9 @@ kv_activity_withhold(void)
 	PGSTAT_END_WRITE_ACTIVITY(MyBEEntry);
 }
 
-static void
-withhold_where_sensitive(void)
+/* Overwrite it if the statement may carry a secret. Allocates and throws nothing. */
+void
+kv_activity_withhold_where_sensitive(void)
 {
 	const char *text = MyBEEntry ? MyBEEntry->st_activity_raw : NULL;
 
@@ -152,10 +153,17 @@ withhold_plan_of(PlannedStmt *statement, const char *text)
 
 /* A statement with a syntax error meets no other hook, and no log hook where errors are not logged. */
 static void
+at_subtransaction_end(SubXactEvent event, SubTransactionId id, SubTransactionId parent, void *arg)
+{
+	if (event == SUBXACT_EVENT_ABORT_SUB)
+		kv_activity_withhold_where_sensitive();
+}
+
+static void
 at_transaction_end(XactEvent event, void *arg)
 {
 	if (event == XACT_EVENT_ABORT)
-		withhold_where_sensitive();
+		kv_activity_withhold_where_sensitive();
 	if (awaits_plan)
 		(void) kv_plan_text_withhold(source_may_show_secret);
 	awaits_plan = false;
@@ -164,7 +172,7 @@ at_transaction_end(XactEvent event, void *arg)
 static void
 post_parse_analyze(ParseState *pstate, Query *query, JumbleState *jumble)
 {
-	withhold_where_sensitive();
+	kv_activity_withhold_where_sensitive();
 	withhold_plans(pstate->p_sourcetext);
 	/* Whichever of the two libraries was loaded first: pg_stat_statements passes over what has no id. */
 	if (query->commandType == CMD_UTILITY && source_may_show_secret(pstate->p_sourcetext))
@@ -176,7 +184,7 @@ post_parse_analyze(ParseState *pstate, Query *query, JumbleState *jumble)
 static void
 executor_start(QueryDesc *query, int flags)
 {
-	withhold_where_sensitive();
+	kv_activity_withhold_where_sensitive();
 	withhold_plan_of(query->plannedstmt, query->sourceText);
 	if (next_executor_start)
 		next_executor_start(query, flags);
@@ -187,7 +195,7 @@ executor_start(QueryDesc *query, int flags)
 static void
 executor_run(KV_EXECUTOR_RUN_PARAMETERS)
 {
-	withhold_where_sensitive();
+	kv_activity_withhold_where_sensitive();
 	if (next_executor_run)
 		next_executor_run(KV_EXECUTOR_RUN_ARGUMENTS);
 	else
@@ -199,7 +207,7 @@ process_utility(PlannedStmt *statement, const char *text, bool read_only_tree, P
 				ParamListInfo parameters, QueryEnvironment *environment, DestReceiver *receiver,
 				QueryCompletion *completion)
 {
-	withhold_where_sensitive();
+	kv_activity_withhold_where_sensitive();
 	withhold_plan_of(statement, text);
 	if (next_process_utility)
 		next_process_utility(statement, text, read_only_tree, context, parameters, environment, receiver, completion);
@@ -220,4 +228,5 @@ kv_activity_init(void)
 	next_process_utility = ProcessUtility_hook;
 	ProcessUtility_hook = process_utility;
 	RegisterXactCallback(at_transaction_end, NULL);
+	RegisterSubXactCallback(at_subtransaction_end, NULL);
 }

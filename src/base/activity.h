@@ -8,6 +8,7 @@
 
 extern void kv_activity_init(void);
 extern void kv_activity_withhold(void);
+extern void kv_activity_withhold_where_sensitive(void);
 extern bool kv_activity_names_secret(void);
 extern bool kv_activity_has_key_shape(void);
 

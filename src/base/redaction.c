@@ -177,6 +177,9 @@ redact(ErrorData *edata)
 static void
 emit_log(ErrorData *edata)
 {
+	/* Where a transaction has failed already, its next statements meet no other hook. */
+	if (edata->elevel >= ERROR)
+		kv_activity_withhold_where_sensitive();
 	if (kv_redact_logs)
 		redact(edata);
 	if (next_emit_log_hook)

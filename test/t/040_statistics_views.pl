@@ -113,6 +113,20 @@ SQL
 	$session->quit;
 	is($node->safe_psql('postgres', "SELECT keyvault.user_api_key('exa', 'u') LIKE 'marker-%'"), 't', 'keys were stored all the same');
 
+	# Where a savepoint's or a transaction's failure leaves the text for as long as the session waits.
+	for ([ 'in a savepoint, a statement that does not parse', 'BEGIN; SAVEPOINT a', "SELEC keyvault.store_api_key('exa', 'KEY')" ],
+		[ 'in a savepoint, a statement of a table that is not there', 'BEGIN; SAVEPOINT a', "SELECT keyvault.store_api_key('exa', 'KEY') FROM nowhere" ],
+		[ 'in a transaction that has failed', 'BEGIN; SELECT 1/0', "SELECT keyvault.store_api_key('exa', 'KEY')" ])
+	{
+		my ($what, $before, $statement) = @$_;
+		# Only the log hook hears of that one.
+		set_config($node, 'log_min_messages', 'error') if $before =~ m{1/0};
+		$session = open_session($node);
+		$session->query($before);
+		is(found_in($node, $session, $statement), '', "$libraries: $what: found nowhere");
+		$session->quit;
+	}
+
 	# While it runs, not only when it has ended; a text without a literal is left to see.
 	my $key = new_key();
 	$session = open_session($node);
