@@ -132,6 +132,11 @@ CREATE POLICY own_row ON keyvault.users FOR SELECT
 CREATE POLICY read_by_access ON keyvault.users FOR SELECT
     USING ((SELECT keyvault._may_read_all_usage()));
 
+-- The planner's estimates, which every role may ask for, would tell one user what is in others' rows.
+ALTER TABLE keyvault.users ALTER email SET STATISTICS 0, ALTER name SET STATISTICS 0, ALTER image SET STATISTICS 0,
+    ALTER status_reason SET STATISTICS 0, ALTER stripe_customer_id SET STATISTICS 0, ALTER stripe_subscription_id SET STATISTICS 0,
+    ALTER stripe_price_id SET STATISTICS 0;
+
 -- Row locks are taken in one order everywhere: users, then credit_balances, then credit_holds.
 
 CREATE FUNCTION keyvault._ensure_user(user_id text, may_create boolean) RETURNS void
@@ -279,7 +284,8 @@ BEGIN
     -- Who stores a key holds the row shared: nothing is sealed behind this, and the next statement sees all that was.
     PERFORM FROM keyvault.users u WHERE u.user_id = $1 FOR UPDATE;
     UPDATE keyvault.users u
-       SET status = 'erased', status_reason = $2, email = NULL, name = NULL, image = NULL, email_verified_at = NULL,
+       SET status = 'erased', status_reason = CASE u.status WHEN 'erased' THEN coalesce($2, u.status_reason) ELSE $2 END,
+           email = NULL, name = NULL, image = NULL, email_verified_at = NULL,
            stripe_customer_id = NULL, stripe_subscription_id = NULL, stripe_price_id = NULL, stripe_current_period_end = NULL,
            updated_at = now(), erased_at = coalesce(u.erased_at, clock_timestamp()),
            -- Private halves of sealing keys, also those in backups, open with the platform's data key.
@@ -310,4 +316,4 @@ CREATE FUNCTION keyvault.erase_user(user_id text, reason text = NULL) RETURNS vo
     LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'keyvault_erase_user';
 COMMENT ON FUNCTION keyvault.erase_user(text, text) IS
-    'Destroys a user''s data keys, API keys, requests and answers, clears the personal fields of users and the metadata of usage records, and refuses the user from then on with KV007; usage, credits and the row of users stay. Nothing opens here any more once this is committed. Bytes of deleted rows, all of them encrypted or wrapped where they are keys, leave the disk with VACUUM and the recycling of WAL. Backups and WAL of before open with the master key of their time: for them the erasure is complete when that master key was retired, by rotation, and destroyed, after the sealing keys of before were: see erasure_status. Errors: 42501, 22023 unknown user, 22004.';
+    'Destroys a user''s data keys, API keys, requests and answers, clears the personal fields of users and the metadata of usage records, and refuses the user from then on with KV007; usage, credits and the row of users stay. Nothing opens here any more once this is committed. Bytes of deleted rows, all of them encrypted or wrapped where they are keys, leave the disk with VACUUM and the recycling of WAL. Backups and WAL of before open with the master key of their time: for them the erasure is complete when that master key was retired, by rotation, and destroyed, after the sealing keys of before were: see erasure_status. A second call erases what has come since, and keeps the reason unless it gives one. Errors: 42501, 22023 unknown user, 22004, 25000 above READ COMMITTED.';

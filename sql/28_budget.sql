@@ -191,6 +191,10 @@ BEGIN
         RAISE EXCEPTION 'a budget is per day or month, in credits or usd, for a user, or for a member, an issued_key or a model that target names'
             USING ERRCODE = 'invalid_parameter_value', HINT = 'See "Budgets" in doc/keyvault.md.';
     END IF;
+    IF octet_length(the_target) > 255 THEN
+        RAISE EXCEPTION 'target of a budget must be at most 255 bytes long'
+            USING ERRCODE = 'invalid_parameter_value', HINT = 'Pass what usage records have as member_id, issued_key_id or model.';
+    END IF;
     budget.amount := $2;
     budget.window_start := date_trunc($3, now(), 'UTC');
     IF $5 = 'issued_key' THEN

@@ -43,7 +43,7 @@ COMMENT ON COLUMN keyvault.usage_records.user_id IS 'Whose use; the balance of t
 COMMENT ON COLUMN keyvault.usage_records.created_at IS 'When the use was, in the years 1970 to 9999: now unless the INSERT says otherwise. It is debited in the period of the INSERT.';
 COMMENT ON COLUMN keyvault.usage_records.id IS 'A UUID version 7, made by the INSERT unless it gives one.';
 COMMENT ON COLUMN keyvault.usage_records.provider IS 'Whose service was used; NULL: not known, or none. Where the row is priced by its model, whose price it was.';
-COMMENT ON COLUMN keyvault.usage_records.model IS 'The model that was used; NULL: none is named.';
+COMMENT ON COLUMN keyvault.usage_records.model IS 'The model that was used, at most 255 bytes, as provider; NULL: none is named.';
 COMMENT ON COLUMN keyvault.usage_records.request_id IS 'The request whose answer this is; NULL: not a provider call.';
 COMMENT ON COLUMN keyvault.usage_records.api_key_id IS 'The API key that the call used; NULL: not known, or a key for the call alone.';
 COMMENT ON COLUMN keyvault.usage_records.issued_key_id IS 'The issued key that the use came with, as the application states it, for budgets.';
@@ -54,7 +54,7 @@ COMMENT ON COLUMN keyvault.usage_records.payer IS 'Whose key was used: user, its
 COMMENT ON COLUMN keyvault.usage_records.input_tokens IS 'Tokens read, cached ones included.';
 COMMENT ON COLUMN keyvault.usage_records.cached_tokens IS 'The part of input_tokens that came from the provider''s cache.';
 COMMENT ON COLUMN keyvault.usage_records.output_tokens IS 'Tokens written, reasoning included.';
-COMMENT ON COLUMN keyvault.usage_records.tokens IS 'All tokens together.';
+COMMENT ON COLUMN keyvault.usage_records.tokens IS 'All tokens together. Each count of a record is at most 1000000000000.';
 COMMENT ON COLUMN keyvault.usage_records.credits IS
     'Credits debited by this row. An INSERT that leaves them out has the row priced, by its model and tokens or by the cost_usd it gives.';
 COMMENT ON COLUMN keyvault.usage_records.credits_overrun IS

@@ -63,7 +63,7 @@ CREATE TABLE keyvault.usage_daily (
 ) WITH (fillfactor = 80);
 COMMENT ON TABLE keyvault.usage_daily IS
     'Usage added up per user, UTC day, provider, model, type and payer, as far as usage_rollup says. Derived from usage_records: a dump leaves it out, and the restored rows are added up anew. Read the views.';
-COMMENT ON COLUMN keyvault.usage_daily.provider IS 'Empty where the records name none; model likewise.';
+COMMENT ON COLUMN keyvault.usage_daily.provider IS 'The first 255 characters of the records'' provider, empty where they name none; model likewise. Records cannot have more, but those of version 0.1.0.';
 COMMENT ON COLUMN keyvault.usage_daily.calls IS 'Number of usage records.';
 CREATE INDEX usage_daily_month ON keyvault.usage_daily ((date_trunc('month', day::timestamp)::date));
 CREATE INDEX usage_daily_day ON keyvault.usage_daily (day);
@@ -131,7 +131,7 @@ SELECT user_id, day, provider, model, type, payer,
        calls, input_tokens, cached_tokens, output_tokens, tokens, credits, credits_overrun, cost_usd
   FROM keyvault.usage_retired
 UNION ALL
-SELECT user_id, (created_at AT TIME ZONE 'UTC')::date, coalesce(provider, '') COLLATE "C", coalesce(model, '') COLLATE "C",
+SELECT user_id, (created_at AT TIME ZONE 'UTC')::date, left(coalesce(provider, ''), 255) COLLATE "C", left(coalesce(model, ''), 255) COLLATE "C",
        type COLLATE "C", payer COLLATE "C",
        1::bigint, input_tokens, cached_tokens, output_tokens, tokens, credits::numeric, credits_overrun::numeric, cost_usd::numeric
   FROM keyvault.usage_records
@@ -158,7 +158,7 @@ BEGIN
     END IF;
     INSERT INTO keyvault.usage_late (user_id, day, provider, model, type, payer, calls, input_tokens, cached_tokens,
                                      output_tokens, tokens, credits, credits_overrun, cost_usd)
-    SELECT r.user_id, (r.created_at AT TIME ZONE 'UTC')::date, coalesce(r.provider, ''), coalesce(r.model, ''), r.type, r.payer,
+    SELECT r.user_id, (r.created_at AT TIME ZONE 'UTC')::date, left(coalesce(r.provider, ''), 255), left(coalesce(r.model, ''), 255), r.type, r.payer,
            count(*), sum(r.input), sum(r.cached), sum(r.output), sum(r.total), sum(r.credit), sum(r.overrun), sum(r.cost)
       FROM unnest($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)
            r(user_id, created_at, provider, model, type, payer, input, cached, output, total, credit, overrun, cost, tag)
@@ -193,8 +193,8 @@ BEGIN
          WHERE l.ctid = ANY (ARRAY(SELECT o.ctid FROM keyvault.usage_late o LIMIT batch FOR UPDATE SKIP LOCKED))
         RETURNING l.*
     ), fresh AS MATERIALIZED (
-        SELECT r.user_id, (r.created_at AT TIME ZONE 'UTC')::date AS day, coalesce(r.provider, '') COLLATE "C" AS provider,
-               coalesce(r.model, '') COLLATE "C" AS model, r.type COLLATE "C" AS type, r.payer COLLATE "C" AS payer,
+        SELECT r.user_id, (r.created_at AT TIME ZONE 'UTC')::date AS day, left(coalesce(r.provider, ''), 255) COLLATE "C" AS provider,
+               left(coalesce(r.model, ''), 255) COLLATE "C" AS model, r.type COLLATE "C" AS type, r.payer COLLATE "C" AS payer,
                count(*) AS calls, sum(r.input_tokens) AS input_tokens, sum(r.cached_tokens) AS cached_tokens,
                sum(r.output_tokens) AS output_tokens, sum(r.tokens) AS tokens,
                sum(r.credits) AS credits, sum(r.credits_overrun) AS credits_overrun, sum(r.cost_usd) AS cost_usd
@@ -255,7 +255,7 @@ BEGIN
     DELETE FROM keyvault.usage_late;
     DELETE FROM keyvault.usage_daily;
     INSERT INTO keyvault.usage_daily
-    SELECT r.user_id, (r.created_at AT TIME ZONE 'UTC')::date, coalesce(r.provider, ''), coalesce(r.model, ''), r.type, r.payer,
+    SELECT r.user_id, (r.created_at AT TIME ZONE 'UTC')::date, left(coalesce(r.provider, ''), 255), left(coalesce(r.model, ''), 255), r.type, r.payer,
            count(*), sum(r.input_tokens), sum(r.cached_tokens), sum(r.output_tokens), sum(r.tokens),
            sum(r.credits), sum(r.credits_overrun), sum(r.cost_usd)
       FROM keyvault.usage_records r

@@ -157,8 +157,8 @@ BEGIN
     END IF;
     EXECUTE format($sql$
         WITH days AS MATERIALIZED (
-            SELECT r.user_id, (r.created_at AT TIME ZONE 'UTC')::date AS day, coalesce(r.provider, '') AS provider,
-                   coalesce(r.model, '') AS model, r.type, r.payer, count(*) AS calls, sum(r.input_tokens) AS input_tokens,
+            SELECT r.user_id, (r.created_at AT TIME ZONE 'UTC')::date AS day, left(coalesce(r.provider, ''), 255) AS provider,
+                   left(coalesce(r.model, ''), 255) AS model, r.type, r.payer, count(*) AS calls, sum(r.input_tokens) AS input_tokens,
                    sum(r.cached_tokens) AS cached_tokens, sum(r.output_tokens) AS output_tokens, sum(r.tokens) AS tokens,
                    sum(r.credits) AS credits, sum(r.credits_overrun) AS credits_overrun, sum(r.cost_usd) AS cost_usd
               FROM %s r GROUP BY 1, 2, 3, 4, 5, 6
@@ -208,8 +208,8 @@ BEGIN
                                     LIMIT batch))
         RETURNING d.*
     ), days AS MATERIALIZED (
-        SELECT r.user_id, (r.created_at AT TIME ZONE 'UTC')::date AS day, coalesce(r.provider, '') AS provider,
-               coalesce(r.model, '') AS model, r.type, r.payer, count(*) AS calls, sum(r.input_tokens) AS input_tokens,
+        SELECT r.user_id, (r.created_at AT TIME ZONE 'UTC')::date AS day, left(coalesce(r.provider, ''), 255) AS provider,
+               left(coalesce(r.model, ''), 255) AS model, r.type, r.payer, count(*) AS calls, sum(r.input_tokens) AS input_tokens,
                sum(r.cached_tokens) AS cached_tokens, sum(r.output_tokens) AS output_tokens, sum(r.tokens) AS tokens,
                sum(r.credits) AS credits, sum(r.credits_overrun) AS credits_overrun, sum(r.cost_usd) AS cost_usd
           FROM gone r GROUP BY 1, 2, 3, 4, 5, 6

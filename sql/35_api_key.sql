@@ -71,6 +71,7 @@ CREATE TABLE keyvault.api_keys (
     CONSTRAINT api_keys_user_id_provider_name_key UNIQUE (user_id, provider, name)
 ) WITH (fillfactor = 70);  -- room for the uses that are noted, so that no index grows by them
 ALTER TABLE keyvault.api_keys ALTER COLUMN ciphertext SET STORAGE EXTERNAL;
+ALTER TABLE keyvault.api_keys ALTER name SET STATISTICS 0, ALTER hint SET STATISTICS 0, ALTER problem SET STATISTICS 0;  -- as of users
 CREATE INDEX api_keys_boxes ON keyvault.api_keys (user_id, id) WHERE fingerprint IS NULL;
 -- The lookups' ways: all of a user's keys, and one by its name.
 CREATE INDEX api_keys_user_id ON keyvault.api_keys USING hash (user_id);

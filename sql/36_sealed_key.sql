@@ -13,6 +13,8 @@ COMMENT ON COLUMN keyvault.sealing_keys.key_id IS 'The first four bytes of the S
 COMMENT ON COLUMN keyvault.sealing_keys.public_key IS 'A point on P-256, uncompressed (SEC 1, section 2.3.3).';
 COMMENT ON COLUMN keyvault.sealing_keys.ciphertext IS 'The private key, 32 bytes, as a secret record of the platform''s.';
 COMMENT ON COLUMN keyvault.sealing_keys.retired_at IS 'Boxes for this key are taken until then.';
+-- Clients seal to what stands here: who may write to any table without being a superuser adds nothing.
+ALTER TABLE keyvault.sealing_keys ENABLE ROW LEVEL SECURITY;
 SELECT pg_catalog.pg_extension_config_dump('keyvault.sealing_keys', '');
 
 CREATE TABLE keyvault.sealed_boxes (

@@ -54,13 +54,13 @@ CREATE FUNCTION keyvault.rotate_data_key(user_id text) RETURNS integer
     LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'keyvault_rotate_data_key';
 COMMENT ON FUNCTION keyvault.rotate_data_key(text) IS
-    'Seals a user''s secrets again, under a new version of the data key, and deletes the version before; returns the new version, NULL for a user without a data key, and with keyvault.reveal off, when the worker does it. The user '''' is the platform. A secret that does not open is left as it is, with a warning, and its data key with it. Access admin, or the right to act for any user. Errors: KV004, KV005 the data key cannot be opened, 22004, 25000 isolation level, 42501.';
+    'Seals a user''s secrets again, under a new version of the data key, and deletes the version before; returns the new version, NULL for a user without a data key, and with keyvault.reveal off, when the worker does it. The user '''' is the platform. A secret that does not open is left as it is, with a warning, and its data key with it. Access admin. Errors: KV004, KV005 the data key cannot be opened, 22004, 25000 isolation level, 42501.';
 
 CREATE FUNCTION keyvault.rotate_data_keys(older_than interval, batch integer = 100) RETURNS integer
     LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'keyvault_rotate_data_keys';
 COMMENT ON FUNCTION keyvault.rotate_data_keys(interval, integer) IS
-    'rotate_data_key for up to batch users, 1 to 10000, whose data key is older than older_than, the oldest first; returns how many, 0 when all is done. A user whose data key cannot be opened is passed over with a warning KV005. Access admin, or the right to act for any user. Errors: KV004, 22004, 22023 batch, or a negative older_than, 25000, 42501.';
+    'rotate_data_key for up to batch users, 1 to 10000, whose data key is older than older_than, the oldest first; returns how many, 0 when all is done. A user whose data key cannot be opened is passed over with a warning KV005. Access admin. Errors: KV004, 22004, 22023 batch, or a negative older_than, 25000, 42501.';
 
 CREATE FUNCTION keyvault._rotate_due(batch integer, OUT done integer, OUT more boolean)
     LANGUAGE plpgsql
@@ -146,7 +146,7 @@ CREATE FUNCTION keyvault.retire_sealing_keys() RETURNS bigint
     LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'keyvault_retire_sealing_keys';
 COMMENT ON FUNCTION keyvault.retire_sealing_keys() IS
-    'Has no more boxes taken for the keys that sealing_key() has given so far, and deletes those that no stored box needs, the others in maintenance when the worker has opened these; returns how many were deleted. The next sealing_key() makes a new one. A step of a complete erasure: see erasure_status. Access admin, or the right to act for any user. Errors: 25000 above READ COMMITTED, 42501.';
+    'Has no more boxes taken for the keys that sealing_key() has given so far, and deletes those that no stored box needs, the others in maintenance when the worker has opened these; returns how many were deleted. The next sealing_key() makes a new one. A step of a complete erasure: see erasure_status. Access admin. Errors: 25000 above READ COMMITTED, 42501.';
 
 CREATE VIEW keyvault.erasure_status WITH (security_invoker = true, security_barrier = true) AS
 SELECT u.user_id, u.erased_at, u.status_reason, e.master_key_version,

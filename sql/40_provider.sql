@@ -33,6 +33,11 @@ COMMENT ON COLUMN keyvault.providers.allowed_host IS
     'An administrator''s exception: this host, or host:port, may be called over plain http and at a private or loopback address.';
 COMMENT ON COLUMN keyvault.providers.usd_per_request IS 'Cost of a call for which neither the answer nor model_prices states one, in USD.';
 
+-- Who may write to any table without being a superuser does not send keys elsewhere.
+ALTER TABLE keyvault.providers ENABLE ROW LEVEL SECURITY;
+CREATE POLICY read_all ON keyvault.providers FOR SELECT USING (true);
+CREATE POLICY change_by_access ON keyvault.providers FOR UPDATE USING ((SELECT keyvault._may_administer()));
+
 -- key_pattern refuses only what is recognisably another provider's key: no vendor promises a shape for its own.
 INSERT INTO keyvault.providers
     (provider, base_url, dialect, default_path, platform_paths, auth_header, auth_scheme, headers, env_var, key_pattern, test_path, seeded)

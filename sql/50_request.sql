@@ -173,6 +173,10 @@ BEGIN
     address := keyvault._address_request(p, $5, $6, $4);
     the_path := address.path;
     the_model := address.model;
+    IF octet_length(the_model) > 255 THEN
+        RAISE EXCEPTION 'model of a request must be at most 255 bytes long' USING ERRCODE = 'invalid_parameter_value',
+            HINT = 'Pass the name that the provider''s API reference gives the model.';
+    END IF;
     the_body := address.body;
     IF octet_length($10) NOT BETWEEN 1 AND 255 THEN
         RAISE EXCEPTION 'idempotency key must be 1 to 255 bytes long' USING ERRCODE = 'invalid_parameter_value',
@@ -294,8 +298,11 @@ DECLARE
     -- A provider that is in trouble says nothing of the key.
     verdict constant text := CASE WHEN $13 THEN 'failed' WHEN $5 < 500 THEN 'active' END;
     bill record;
+    -- The erasure does not see requests of transactions that have yet to end.
+    erased constant boolean := EXISTS (SELECT FROM keyvault.users u WHERE u.user_id = $1 AND u.status = 'erased');
 BEGIN
-    UPDATE keyvault.requests SET status = $4, finished_at = clock_timestamp(), error = $7, call_key = NULL
+    UPDATE keyvault.requests SET status = $4, finished_at = clock_timestamp(), error = $7, call_key = NULL,
+           body = CASE WHEN erased THEN '{}' ELSE body END, metadata = CASE WHEN erased THEN '{"erased": true}' ELSE metadata END
      WHERE user_id = $1 AND id = $2 AND status = 'sent' AND attempts = $3
     RETURNING * INTO r;
     IF NOT FOUND THEN

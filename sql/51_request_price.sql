@@ -121,15 +121,21 @@ CREATE FUNCTION keyvault._address_request(provider keyvault.providers, INOUT pat
     SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
-    in_body text := regexp_replace(body ->> 'model', '^models/', '');
+    in_body text := nullif(regexp_replace(body ->> 'model', '^models/', ''), '');
     -- Where a path of this provider's names the model, as its default path has it: behind "models/", say.
     place text;
     in_path text;
 BEGIN
     path := coalesce(path, provider.default_path);
-    IF path IS NULL OR path !~ '^/[!-~]*$' OR path ~ '(^|/)[.][.](/|$)|#' OR strpos(path, chr(92)) > 0 THEN
+    model := nullif(model, '');
+    IF path IS NULL OR path NOT LIKE '/%' THEN
         RAISE EXCEPTION 'a request to provider "%" needs a path that begins with "/"', provider.provider
             USING ERRCODE = 'invalid_parameter_value', HINT = 'Pass the path of the provider''s API, without its host.';
+    END IF;
+    IF path !~ '^[!-~]*$' OR path ~ '(^|/)[.][.](/|$)|#' OR strpos(path, chr(92)) > 0 THEN
+        RAISE EXCEPTION 'path of a request has what no path may have'
+            USING ERRCODE = 'invalid_parameter_value',
+                  HINT = 'It has printable ASCII characters, without blanks, "#" and backslashes, and no part "..": percent-encode all others.';
     END IF;
     IF path LIKE '%{model}%' THEN
         model := coalesce(model, in_body);

@@ -72,12 +72,15 @@ AS $$
 DECLARE
     privilege text;
 BEGIN
+    IF role IS NULL THEN
+        RAISE EXCEPTION 'role must not be NULL' USING ERRCODE = 'null_value_not_allowed', HINT = 'Pass the name of a role.';
+    END IF;
     FOR privilege IN SELECT keyvault._access_statements(access) LOOP
         EXECUTE format('GRANT %s TO %s', privilege, role);
     END LOOP;
 END $$;
 COMMENT ON FUNCTION keyvault.grant_access(regrole, text) IS
-    'Gives a role an access: app (trusted application, acts for any user), user (acts as the user it proved to be), analyst (everyone''s usage, no keys), admin (plans, prices, users, platform keys, what a provider costs, and which paths the platform pays for, metadata of keys; never plaintext). A superuser calls it. Errors: 22023, 42501.';
+    'Gives a role an access: app (trusted application, acts for any user), user (acts as the user it proved to be), analyst (everyone''s usage, no keys), admin (plans, prices, users, platform keys, what a provider costs, and which paths the platform pays for, metadata of keys; never plaintext). A superuser calls it. Errors: 22004, 22023, 42501.';
 
 CREATE FUNCTION keyvault.revoke_access(role regrole, access text) RETURNS void
     LANGUAGE plpgsql
@@ -87,6 +90,9 @@ DECLARE
     privilege text;
     other text;
 BEGIN
+    IF role IS NULL THEN
+        RAISE EXCEPTION 'role must not be NULL' USING ERRCODE = 'null_value_not_allowed', HINT = 'Pass the name of a role.';
+    END IF;
     FOR privilege IN SELECT keyvault._access_statements(access) LOOP
         EXECUTE format('REVOKE %s FROM %s', privilege, role);
     END LOOP;
@@ -98,7 +104,7 @@ BEGIN
     END LOOP;
 END $$;
 COMMENT ON FUNCTION keyvault.revoke_access(regrole, text) IS
-    'Takes an access from a role; other accesses that it was given stay whole. A superuser calls it. Errors: 22023, 42501.';
+    'Takes an access from a role; other accesses that it was given stay whole. A superuser calls it. Errors: 22004, 22023, 42501.';
 
 CREATE FUNCTION keyvault.refresh_access() RETURNS TABLE (role regrole, access text)
     LANGUAGE plpgsql

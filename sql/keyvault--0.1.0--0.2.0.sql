@@ -251,7 +251,8 @@ BEGIN
     -- Who stores a key holds the row shared: nothing is sealed behind this, and the next statement sees all that was.
     PERFORM FROM keyvault.users u WHERE u.user_id = $1 FOR UPDATE;
     UPDATE keyvault.users u
-       SET status = 'erased', status_reason = $2, email = NULL, name = NULL, image = NULL, email_verified_at = NULL,
+       SET status = 'erased', status_reason = CASE u.status WHEN 'erased' THEN coalesce($2, u.status_reason) ELSE $2 END,
+           email = NULL, name = NULL, image = NULL, email_verified_at = NULL,
            stripe_customer_id = NULL, stripe_subscription_id = NULL, stripe_price_id = NULL, stripe_current_period_end = NULL,
            updated_at = now(), erased_at = coalesce(u.erased_at, clock_timestamp()),
            -- Private halves of sealing keys, also those in backups, open with the platform's data key.
@@ -286,7 +287,7 @@ CREATE FUNCTION keyvault.erase_user(user_id text, reason text = NULL) RETURNS vo
 REVOKE ALL ON FUNCTION keyvault.erase_user(user_id text, reason text) FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault.erase_user(text, text) IS
-    'Destroys a user''s data keys, API keys, requests and answers, clears the personal fields of users and the metadata of usage records, and refuses the user from then on with KV007; usage, credits and the row of users stay. Nothing opens here any more once this is committed. Bytes of deleted rows, all of them encrypted or wrapped where they are keys, leave the disk with VACUUM and the recycling of WAL. Backups and WAL of before open with the master key of their time: for them the erasure is complete when that master key was retired, by rotation, and destroyed, after the sealing keys of before were: see erasure_status. Errors: 42501, 22023 unknown user, 22004.';
+    'Destroys a user''s data keys, API keys, requests and answers, clears the personal fields of users and the metadata of usage records, and refuses the user from then on with KV007; usage, credits and the row of users stay. Nothing opens here any more once this is committed. Bytes of deleted rows, all of them encrypted or wrapped where they are keys, leave the disk with VACUUM and the recycling of WAL. Backups and WAL of before open with the master key of their time: for them the erasure is complete when that master key was retired, by rotation, and destroyed, after the sealing keys of before were: see erasure_status. A second call erases what has come since, and keeps the reason unless it gives one. Errors: 42501, 22023 unknown user, 22004, 25000 above READ COMMITTED.';
 
 ALTER TABLE keyvault.credit_balances ADD COLUMN due_at timestamptz;
 ALTER TABLE keyvault.credit_balances ADD COLUMN notice_at numeric(18,6);
@@ -1532,6 +1533,10 @@ BEGIN
         RAISE EXCEPTION 'a budget is per day or month, in credits or usd, for a user, or for a member, an issued_key or a model that target names'
             USING ERRCODE = 'invalid_parameter_value', HINT = 'See "Budgets" in doc/keyvault.md.';
     END IF;
+    IF octet_length(the_target) > 255 THEN
+        RAISE EXCEPTION 'target of a budget must be at most 255 bytes long'
+            USING ERRCODE = 'invalid_parameter_value', HINT = 'Pass what usage records have as member_id, issued_key_id or model.';
+    END IF;
     budget.amount := $2;
     budget.window_start := date_trunc($3, now(), 'UTC');
     IF $5 = 'issued_key' THEN
@@ -1615,7 +1620,8 @@ COMMENT ON COLUMN keyvault.usage_records.user_id IS 'Whose use; the balance of t
 COMMENT ON COLUMN keyvault.usage_records.created_at IS 'When the use was, in the years 1970 to 9999: now unless the INSERT says otherwise. It is debited in the period of the INSERT.';
 COMMENT ON COLUMN keyvault.usage_records.id IS 'A UUID version 7, made by the INSERT unless it gives one.';
 COMMENT ON COLUMN keyvault.usage_records.provider IS 'Whose service was used; NULL: not known, or none. Where the row is priced by its model, whose price it was.';
-COMMENT ON COLUMN keyvault.usage_records.model IS 'The model that was used; NULL: none is named.';
+COMMENT ON COLUMN keyvault.usage_records.model IS 'The model that was used, at most 255 bytes, as provider; NULL: none is named.';
+COMMENT ON COLUMN keyvault.usage_records.tokens IS 'All tokens together. Each count of a record is at most 1000000000000.';
 COMMENT ON COLUMN keyvault.usage_records.request_id IS 'The request whose answer this is; NULL: not a provider call.';
 COMMENT ON COLUMN keyvault.usage_records.api_key_id IS 'The API key that the call used; NULL: not known, or a key for the call alone.';
 COMMENT ON COLUMN keyvault.usage_records.issued_key_id IS 'The issued key that the use came with, as the application states it, for budgets.';
@@ -1882,7 +1888,7 @@ REVOKE ALL ON keyvault.usage_daily FROM PUBLIC;
 COMMENT ON TABLE keyvault.usage_daily IS
     'Usage added up per user, UTC day, provider, model, type and payer, as far as usage_rollup says. Derived from usage_records: a dump leaves it out, and the restored rows are added up anew. Read the views.';
 
-COMMENT ON COLUMN keyvault.usage_daily.provider IS 'Empty where the records name none; model likewise.';
+COMMENT ON COLUMN keyvault.usage_daily.provider IS 'The first 255 characters of the records'' provider, empty where they name none; model likewise. Records cannot have more, but those of version 0.1.0.';
 
 COMMENT ON COLUMN keyvault.usage_daily.calls IS 'Number of usage records.';
 
@@ -1970,7 +1976,7 @@ SELECT user_id, day, provider, model, type, payer,
        calls, input_tokens, cached_tokens, output_tokens, tokens, credits, credits_overrun, cost_usd
   FROM keyvault.usage_retired
 UNION ALL
-SELECT user_id, (created_at AT TIME ZONE 'UTC')::date, coalesce(provider, '') COLLATE "C", coalesce(model, '') COLLATE "C",
+SELECT user_id, (created_at AT TIME ZONE 'UTC')::date, left(coalesce(provider, ''), 255) COLLATE "C", left(coalesce(model, ''), 255) COLLATE "C",
        type COLLATE "C", payer COLLATE "C",
        1::bigint, input_tokens, cached_tokens, output_tokens, tokens, credits::numeric, credits_overrun::numeric, cost_usd::numeric
   FROM keyvault.usage_records
@@ -1999,7 +2005,7 @@ BEGIN
     END IF;
     INSERT INTO keyvault.usage_late (user_id, day, provider, model, type, payer, calls, input_tokens, cached_tokens,
                                      output_tokens, tokens, credits, credits_overrun, cost_usd)
-    SELECT r.user_id, (r.created_at AT TIME ZONE 'UTC')::date, coalesce(r.provider, ''), coalesce(r.model, ''), r.type, r.payer,
+    SELECT r.user_id, (r.created_at AT TIME ZONE 'UTC')::date, left(coalesce(r.provider, ''), 255), left(coalesce(r.model, ''), 255), r.type, r.payer,
            count(*), sum(r.input), sum(r.cached), sum(r.output), sum(r.total), sum(r.credit), sum(r.overrun), sum(r.cost)
       FROM unnest($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)
            r(user_id, created_at, provider, model, type, payer, input, cached, output, total, credit, overrun, cost, tag)
@@ -2036,8 +2042,8 @@ BEGIN
          WHERE l.ctid = ANY (ARRAY(SELECT o.ctid FROM keyvault.usage_late o LIMIT batch FOR UPDATE SKIP LOCKED))
         RETURNING l.*
     ), fresh AS MATERIALIZED (
-        SELECT r.user_id, (r.created_at AT TIME ZONE 'UTC')::date AS day, coalesce(r.provider, '') COLLATE "C" AS provider,
-               coalesce(r.model, '') COLLATE "C" AS model, r.type COLLATE "C" AS type, r.payer COLLATE "C" AS payer,
+        SELECT r.user_id, (r.created_at AT TIME ZONE 'UTC')::date AS day, left(coalesce(r.provider, ''), 255) COLLATE "C" AS provider,
+               left(coalesce(r.model, ''), 255) COLLATE "C" AS model, r.type COLLATE "C" AS type, r.payer COLLATE "C" AS payer,
                count(*) AS calls, sum(r.input_tokens) AS input_tokens, sum(r.cached_tokens) AS cached_tokens,
                sum(r.output_tokens) AS output_tokens, sum(r.tokens) AS tokens,
                sum(r.credits) AS credits, sum(r.credits_overrun) AS credits_overrun, sum(r.cost_usd) AS cost_usd
@@ -2100,7 +2106,7 @@ BEGIN
     DELETE FROM keyvault.usage_late;
     DELETE FROM keyvault.usage_daily;
     INSERT INTO keyvault.usage_daily
-    SELECT r.user_id, (r.created_at AT TIME ZONE 'UTC')::date, coalesce(r.provider, ''), coalesce(r.model, ''), r.type, r.payer,
+    SELECT r.user_id, (r.created_at AT TIME ZONE 'UTC')::date, left(coalesce(r.provider, ''), 255), left(coalesce(r.model, ''), 255), r.type, r.payer,
            count(*), sum(r.input_tokens), sum(r.cached_tokens), sum(r.output_tokens), sum(r.tokens),
            sum(r.credits), sum(r.credits_overrun), sum(r.cost_usd)
       FROM keyvault.usage_records r
@@ -2318,8 +2324,8 @@ BEGIN
     END IF;
     EXECUTE format($sql$
         WITH days AS MATERIALIZED (
-            SELECT r.user_id, (r.created_at AT TIME ZONE 'UTC')::date AS day, coalesce(r.provider, '') AS provider,
-                   coalesce(r.model, '') AS model, r.type, r.payer, count(*) AS calls, sum(r.input_tokens) AS input_tokens,
+            SELECT r.user_id, (r.created_at AT TIME ZONE 'UTC')::date AS day, left(coalesce(r.provider, ''), 255) AS provider,
+                   left(coalesce(r.model, ''), 255) AS model, r.type, r.payer, count(*) AS calls, sum(r.input_tokens) AS input_tokens,
                    sum(r.cached_tokens) AS cached_tokens, sum(r.output_tokens) AS output_tokens, sum(r.tokens) AS tokens,
                    sum(r.credits) AS credits, sum(r.credits_overrun) AS credits_overrun, sum(r.cost_usd) AS cost_usd
               FROM %s r GROUP BY 1, 2, 3, 4, 5, 6
@@ -2371,8 +2377,8 @@ BEGIN
                                     LIMIT batch))
         RETURNING d.*
     ), days AS MATERIALIZED (
-        SELECT r.user_id, (r.created_at AT TIME ZONE 'UTC')::date AS day, coalesce(r.provider, '') AS provider,
-               coalesce(r.model, '') AS model, r.type, r.payer, count(*) AS calls, sum(r.input_tokens) AS input_tokens,
+        SELECT r.user_id, (r.created_at AT TIME ZONE 'UTC')::date AS day, left(coalesce(r.provider, ''), 255) AS provider,
+               left(coalesce(r.model, ''), 255) AS model, r.type, r.payer, count(*) AS calls, sum(r.input_tokens) AS input_tokens,
                sum(r.cached_tokens) AS cached_tokens, sum(r.output_tokens) AS output_tokens, sum(r.tokens) AS tokens,
                sum(r.credits) AS credits, sum(r.credits_overrun) AS credits_overrun, sum(r.cost_usd) AS cost_usd
           FROM gone r GROUP BY 1, 2, 3, 4, 5, 6
@@ -2420,6 +2426,16 @@ ALTER TABLE keyvault.api_keys ADD CONSTRAINT api_keys_source_check CHECK (source
 ALTER TABLE keyvault.api_keys ADD COLUMN problem text;
 ALTER TABLE keyvault.api_keys SET (fillfactor = 70);
 ALTER TABLE keyvault.api_keys ADD COLUMN use_count bigint NOT NULL DEFAULT 0;
+ALTER TABLE keyvault.api_keys ALTER name SET STATISTICS 0, ALTER hint SET STATISTICS 0, ALTER problem SET STATISTICS 0;
+ALTER TABLE keyvault.users ALTER email SET STATISTICS 0, ALTER name SET STATISTICS 0, ALTER image SET STATISTICS 0,
+    ALTER status_reason SET STATISTICS 0, ALTER stripe_customer_id SET STATISTICS 0, ALTER stripe_subscription_id SET STATISTICS 0,
+    ALTER stripe_price_id SET STATISTICS 0;
+DELETE FROM pg_catalog.pg_statistic s USING pg_catalog.pg_attribute a
+ WHERE s.starelid = a.attrelid AND s.staattnum = a.attnum AND a.attstattarget = 0
+   AND a.attrelid IN ('keyvault.users'::regclass, 'keyvault.api_keys'::regclass);
+ALTER TABLE keyvault.providers ENABLE ROW LEVEL SECURITY;
+CREATE POLICY read_all ON keyvault.providers FOR SELECT USING (true);
+CREATE POLICY change_by_access ON keyvault.providers FOR UPDATE USING ((SELECT keyvault._may_administer()));
 
 CREATE INDEX api_keys_boxes ON keyvault.api_keys (user_id, id) WHERE fingerprint IS NULL;
 CREATE INDEX api_keys_user_id ON keyvault.api_keys USING hash (user_id);
@@ -2535,6 +2551,7 @@ COMMENT ON COLUMN keyvault.sealing_keys.ciphertext IS 'The private key, 32 bytes
 
 COMMENT ON COLUMN keyvault.sealing_keys.retired_at IS 'Boxes for this key are taken until then.';
 
+ALTER TABLE keyvault.sealing_keys ENABLE ROW LEVEL SECURITY;
 SELECT pg_catalog.pg_extension_config_dump('keyvault.sealing_keys', '');
 
 CREATE TABLE keyvault.sealed_boxes (
@@ -2752,7 +2769,7 @@ CREATE FUNCTION keyvault.rotate_data_key(user_id text) RETURNS integer
 REVOKE ALL ON FUNCTION keyvault.rotate_data_key(user_id text) FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault.rotate_data_key(text) IS
-    'Seals a user''s secrets again, under a new version of the data key, and deletes the version before; returns the new version, NULL for a user without a data key, and with keyvault.reveal off, when the worker does it. The user '''' is the platform. A secret that does not open is left as it is, with a warning, and its data key with it. Access admin, or the right to act for any user. Errors: KV004, KV005 the data key cannot be opened, 22004, 25000 isolation level, 42501.';
+    'Seals a user''s secrets again, under a new version of the data key, and deletes the version before; returns the new version, NULL for a user without a data key, and with keyvault.reveal off, when the worker does it. The user '''' is the platform. A secret that does not open is left as it is, with a warning, and its data key with it. Access admin. Errors: KV004, KV005 the data key cannot be opened, 22004, 25000 isolation level, 42501.';
 
 CREATE FUNCTION keyvault.rotate_data_keys(older_than interval, batch integer = 100) RETURNS integer
     LANGUAGE c VOLATILE PARALLEL UNSAFE
@@ -2760,7 +2777,7 @@ CREATE FUNCTION keyvault.rotate_data_keys(older_than interval, batch integer = 1
 REVOKE ALL ON FUNCTION keyvault.rotate_data_keys(older_than interval, batch integer) FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault.rotate_data_keys(interval, integer) IS
-    'rotate_data_key for up to batch users, 1 to 10000, whose data key is older than older_than, the oldest first; returns how many, 0 when all is done. A user whose data key cannot be opened is passed over with a warning KV005. Access admin, or the right to act for any user. Errors: KV004, 22004, 22023 batch, or a negative older_than, 25000, 42501.';
+    'rotate_data_key for up to batch users, 1 to 10000, whose data key is older than older_than, the oldest first; returns how many, 0 when all is done. A user whose data key cannot be opened is passed over with a warning KV005. Access admin. Errors: KV004, 22004, 22023 batch, or a negative older_than, 25000, 42501.';
 
 CREATE FUNCTION keyvault._rotate_due(batch integer, OUT done integer, OUT more boolean)
     LANGUAGE plpgsql
@@ -2856,7 +2873,7 @@ CREATE FUNCTION keyvault.retire_sealing_keys() RETURNS bigint
 REVOKE ALL ON FUNCTION keyvault.retire_sealing_keys() FROM PUBLIC;
 
 COMMENT ON FUNCTION keyvault.retire_sealing_keys() IS
-    'Has no more boxes taken for the keys that sealing_key() has given so far, and deletes those that no stored box needs, the others in maintenance when the worker has opened these; returns how many were deleted. The next sealing_key() makes a new one. A step of a complete erasure: see erasure_status. Access admin, or the right to act for any user. Errors: 25000 above READ COMMITTED, 42501.';
+    'Has no more boxes taken for the keys that sealing_key() has given so far, and deletes those that no stored box needs, the others in maintenance when the worker has opened these; returns how many were deleted. The next sealing_key() makes a new one. A step of a complete erasure: see erasure_status. Access admin. Errors: 25000 above READ COMMITTED, 42501.';
 
 CREATE VIEW keyvault.erasure_status WITH (security_invoker = true, security_barrier = true) AS
 SELECT u.user_id, u.erased_at, u.status_reason, e.master_key_version,
@@ -3444,15 +3461,21 @@ CREATE FUNCTION keyvault._address_request(provider keyvault.providers, INOUT pat
     SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
-    in_body text := regexp_replace(body ->> 'model', '^models/', '');
+    in_body text := nullif(regexp_replace(body ->> 'model', '^models/', ''), '');
     -- Where a path of this provider's names the model, as its default path has it: behind "models/", say.
     place text;
     in_path text;
 BEGIN
     path := coalesce(path, provider.default_path);
-    IF path IS NULL OR path !~ '^/[!-~]*$' OR path ~ '(^|/)[.][.](/|$)|#' OR strpos(path, chr(92)) > 0 THEN
+    model := nullif(model, '');
+    IF path IS NULL OR path NOT LIKE '/%' THEN
         RAISE EXCEPTION 'a request to provider "%" needs a path that begins with "/"', provider.provider
             USING ERRCODE = 'invalid_parameter_value', HINT = 'Pass the path of the provider''s API, without its host.';
+    END IF;
+    IF path !~ '^[!-~]*$' OR path ~ '(^|/)[.][.](/|$)|#' OR strpos(path, chr(92)) > 0 THEN
+        RAISE EXCEPTION 'path of a request has what no path may have'
+            USING ERRCODE = 'invalid_parameter_value',
+                  HINT = 'It has printable ASCII characters, without blanks, "#" and backslashes, and no part "..": percent-encode all others.';
     END IF;
     IF path LIKE '%{model}%' THEN
         model := coalesce(model, in_body);
@@ -3572,6 +3595,10 @@ BEGIN
     address := keyvault._address_request(p, $5, $6, $4);
     the_path := address.path;
     the_model := address.model;
+    IF octet_length(the_model) > 255 THEN
+        RAISE EXCEPTION 'model of a request must be at most 255 bytes long' USING ERRCODE = 'invalid_parameter_value',
+            HINT = 'Pass the name that the provider''s API reference gives the model.';
+    END IF;
     the_body := address.body;
     IF octet_length($10) NOT BETWEEN 1 AND 255 THEN
         RAISE EXCEPTION 'idempotency key must be 1 to 255 bytes long' USING ERRCODE = 'invalid_parameter_value',
@@ -3692,8 +3719,11 @@ DECLARE
     -- A provider that is in trouble says nothing of the key.
     verdict constant text := CASE WHEN $13 THEN 'failed' WHEN $5 < 500 THEN 'active' END;
     bill record;
+    -- The erasure does not see requests of transactions that have yet to end.
+    erased constant boolean := EXISTS (SELECT FROM keyvault.users u WHERE u.user_id = $1 AND u.status = 'erased');
 BEGIN
-    UPDATE keyvault.requests SET status = $4, finished_at = clock_timestamp(), error = $7, call_key = NULL
+    UPDATE keyvault.requests SET status = $4, finished_at = clock_timestamp(), error = $7, call_key = NULL,
+           body = CASE WHEN erased THEN '{}' ELSE body END, metadata = CASE WHEN erased THEN '{"erased": true}' ELSE metadata END
      WHERE user_id = $1 AND id = $2 AND status = 'sent' AND attempts = $3
     RETURNING * INTO r;
     IF NOT FOUND THEN
@@ -4909,8 +4939,46 @@ BEGIN
     END IF;
 END $$;
 
+CREATE OR REPLACE FUNCTION keyvault.grant_access(role regrole, access text) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    privilege text;
+BEGIN
+    IF role IS NULL THEN
+        RAISE EXCEPTION 'role must not be NULL' USING ERRCODE = 'null_value_not_allowed', HINT = 'Pass the name of a role.';
+    END IF;
+    FOR privilege IN SELECT keyvault._access_statements(access) LOOP
+        EXECUTE format('GRANT %s TO %s', privilege, role);
+    END LOOP;
+END $$;
 COMMENT ON FUNCTION keyvault.grant_access(regrole, text) IS
-    'Gives a role an access: app (trusted application, acts for any user), user (acts as the user it proved to be), analyst (everyone''s usage, no keys), admin (plans, prices, users, platform keys, what a provider costs, and which paths the platform pays for, metadata of keys; never plaintext). A superuser calls it. Errors: 22023, 42501.';
+    'Gives a role an access: app (trusted application, acts for any user), user (acts as the user it proved to be), analyst (everyone''s usage, no keys), admin (plans, prices, users, platform keys, what a provider costs, and which paths the platform pays for, metadata of keys; never plaintext). A superuser calls it. Errors: 22004, 22023, 42501.';
+
+CREATE OR REPLACE FUNCTION keyvault.revoke_access(role regrole, access text) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    privilege text;
+    other text;
+BEGIN
+    IF role IS NULL THEN
+        RAISE EXCEPTION 'role must not be NULL' USING ERRCODE = 'null_value_not_allowed', HINT = 'Pass the name of a role.';
+    END IF;
+    FOR privilege IN SELECT keyvault._access_statements(access) LOOP
+        EXECUTE format('REVOKE %s FROM %s', privilege, role);
+    END LOOP;
+    -- Accesses overlap: what another one that the role keeps also gives is given again.
+    FOR other IN SELECT substr(p.proname, 2) FROM pg_proc p, aclexplode(p.proacl) a
+                  WHERE p.pronamespace = 'keyvault'::regnamespace AND p.proname IN ('_app', '_user', '_analyst', '_admin')
+                    AND a.grantee = role LOOP
+        PERFORM keyvault.grant_access(role, other);
+    END LOOP;
+END $$;
+COMMENT ON FUNCTION keyvault.revoke_access(regrole, text) IS
+    'Takes an access from a role; other accesses that it was given stay whole. A superuser calls it. Errors: 22004, 22023, 42501.';
 
 CREATE FUNCTION keyvault.refresh_access() RETURNS TABLE (role regrole, access text)
     LANGUAGE plpgsql

@@ -13,6 +13,7 @@
 
 #include "credit/debit.h"
 
+#include "access/detoast.h"
 #include "access/xact.h"
 #include "base/catalogue.h"
 #include "base/error.h"
@@ -72,13 +73,15 @@ enum
 	CREDITS_OVERRUN,
 	COST_USD,
 	UNITS,
+	PROVIDER,
+	MODEL,
 	DEBIT_TAG,
 	COLUMNS
 };
 
 static const char *const column_names[COLUMNS] = {
 	"user_id", "created_at", "type", "payer", "input_tokens", "cached_tokens", "output_tokens", "tokens",
-	"reasoning_tokens", "credits", "credits_overrun", "cost_usd", "units", "debit_tag",
+	"reasoning_tokens", "credits", "credits_overrun", "cost_usd", "units", "provider", "model", "debit_tag",
 };
 
 /* Their numbers in the relation last seen, as partitions may order them otherwise. They hold until the catalogue changes. */
@@ -88,6 +91,9 @@ static int	columns[COLUMNS];
 
 /* The type of a usage record, in bytes. */
 #define TYPE_MAX 63
+
+/* So many of its tokens of a kind are believed: sums of very many records stay in range. */
+#define TOKENS_MAX INT64CONST(1000000000000)
 
 static void
 find_columns(Relation relation)
@@ -126,6 +132,18 @@ check_amount(int column, Numeric amount)
 		raise_bad_value(column, "a number", "NaN and Infinity are none; 0 is.");
 	if (!kv_amount_at_most(kv_amount_zero(), amount))
 		raise_bad_value(column, "zero or more", "keyvault.refund_usage() gives back what a record cost, keyvault.grant_credits() gives any credits.");
+}
+
+/* What the table's CHECKs would say of rows that are made, but not of those that a restore brings: sums must go on. */
+static void
+check_new_row(const Datum *values, const bool *isnull)
+{
+	for (int i = PROVIDER; i <= MODEL; i++)
+		if (!isnull[i] && toast_raw_datum_size(values[i]) - VARHDRSZ > KV_USAGE_NAME_MAX)
+			raise_bad_value(i, "at most 255 bytes long", "Pass the name that prices and budgets know it by.");
+	for (int i = INPUT_TOKENS; i <= REASONING_TOKENS; i++)
+		if (!isnull[i] && DatumGetInt64(values[i]) > TOKENS_MAX)
+			raise_bad_value(i, "at most 1000000000000", "Record the use in several records.");
 }
 
 /* What the table's CHECKs would say. */
@@ -261,6 +279,7 @@ keyvault_collect_debit(PG_FUNCTION_ARGS)
 		(void) kv_identity_check_user_id(user_id);
 	if (DatumGetInt64(values[DEBIT_TAG]) == kv_usage_tag())
 	{
+		check_new_row(values, isnull);
 		owe(VARDATA_ANY(user_id), VARSIZE_ANY_EXHDR(user_id), kv_amount_in_micro(DatumGetNumeric(values[CREDITS])));
 		kv_owed_row_add(RelationGetRelid(trigger->tg_relation), &trigger->tg_trigtuple->t_self,
 						VARDATA_ANY(user_id), VARSIZE_ANY_EXHDR(user_id));

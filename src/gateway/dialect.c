@@ -12,6 +12,7 @@
 #include "gateway/dialect.h"
 
 #include "base/json_field.h"
+#include "credit/debit.h"
 
 #define INPUT	1
 #define CACHED	2
@@ -94,6 +95,9 @@ kv_dialect_read_usage(const char *dialect, Jsonb *answer, KvUsage *usage)
 		usage->cached_tokens = Min(usage->cached_tokens, usage->input_tokens);
 		usage->reasoning_tokens = Min(usage->reasoning_tokens, usage->output_tokens);
 		usage->model = kv_json_string(answer, d->model);
+		/* What is no model's name is none. */
+		if (usage->model && strlen(usage->model) > KV_USAGE_NAME_MAX)
+			usage->model = NULL;
 		if (d->cost_usd)
 			(void) kv_json_amount(answer, d->cost_usd, &usage->stated_usd);
 	}

@@ -7,6 +7,7 @@
 
 #include "identity/user.h"
 
+#include "access/xact.h"
 #include "base/argument.h"
 #include "base/error.h"
 #include "base/index_scan.h"
@@ -177,6 +178,12 @@ keyvault_erase_user(PG_FUNCTION_ARGS)
 {
 	static KvStatement erase = {"SELECT keyvault._erase_user($1, $2)", 2, {TEXTOID, TEXTOID}};
 
+	/* An old snapshot does not see what others have stored since. */
+	if (IsolationUsesXactSnapshot())
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_TRANSACTION_STATE),
+				 errmsg("users are erased at isolation level read committed only"),
+				 errhint("Begin the transaction at that level.")));
 	change_user(fcinfo, &erase);
 	PG_RETURN_VOID();
 }

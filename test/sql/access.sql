@@ -97,6 +97,29 @@ SELECT has_function_privilege('regress_kv_app', 'keyvault.act_as(text)', 'EXECUT
        has_table_privilege('regress_kv_analyst', 'keyvault.credit_status', 'SELECT') AS analyst,
        has_function_privilege('regress_kv_analyst', 'keyvault.act_as(text)', 'EXECUTE') AS too_much;
 
+SELECT keyvault.grant_access(NULL, 'app');
+SELECT keyvault.revoke_access(NULL, 'app');
+
+-- Who may write to every table, without being a superuser, does not send keys, or have them sealed, to somebody else.
+GRANT pg_write_all_data TO regress_kv_none;
+GRANT USAGE ON SCHEMA keyvault TO regress_kv_none;
+GRANT EXECUTE ON FUNCTION keyvault._may_administer() TO regress_kv_none;
+SET ROLE regress_kv_none;
+UPDATE keyvault.providers SET base_url = 'https://evil.example';
+INSERT INTO keyvault.providers (provider, base_url) VALUES ('evil', 'https://evil.example');
+INSERT INTO keyvault.sealing_keys (key_id, id, public_key, ciphertext, retired_at) VALUES ('\x00000000', gen_random_uuid(), decode(repeat('04', 65), 'hex'), '', 'infinity');
+RESET ROLE;
+SELECT count(*) FROM keyvault.providers WHERE base_url ~ 'evil';
+REVOKE ALL ON FUNCTION keyvault._may_administer() FROM regress_kv_none;
+REVOKE ALL ON SCHEMA keyvault FROM regress_kv_none;
+
+-- The planner's estimates know nothing of what stands in others' rows.
+BEGIN;
+ANALYZE keyvault.users, keyvault.api_keys;
+SELECT tablename, attname FROM pg_stats WHERE schemaname = 'keyvault' AND attname IN ('email', 'name', 'image', 'hint', 'problem', 'status_reason', 'stripe_customer_id');
+SELECT count(*) FROM pg_stats WHERE schemaname = 'keyvault' AND tablename = 'users' AND attname = 'user_id';
+ROLLBACK;
+
 SELECT keyvault.revoke_access('regress_kv_app', 'app'), keyvault.revoke_access('regress_kv_user', 'user'),
        keyvault.revoke_access('regress_kv_analyst', 'analyst'), keyvault.revoke_access('regress_kv_admin', 'admin');
 DROP ROLE regress_kv_app, regress_kv_user, regress_kv_analyst, regress_kv_admin, regress_kv_none;

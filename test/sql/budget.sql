@@ -31,6 +31,7 @@ ROLLBACK TO a;
 INSERT INTO keyvault.usage_records (user_id, model, credits) VALUES ('bu_a', 'gpt-5', 2);
 COMMIT;
 SELECT keyvault.set_budget('bu_a', 20000) IS NOT NULL AS changed, keyvault.set_budget('bu_a', 50, 'day', scope => 'model', target => 'o3') IS NOT NULL AS made;
+SELECT keyvault.set_budget('bu_a', 5, 'day', scope => 'model', target => repeat('m', 256));
 TABLE pg_temp.spent;
 TABLE pg_temp.unsound;
 

@@ -41,6 +41,12 @@ SELECT columns, row, r.* FROM (VALUES
     ('type, model, input_tokens, units', $$'chat', 'gpt-5', 1000, -1$$),
     ('type, model, input_tokens, units', $$'chat', 'gpt-5', 1000, 'NaN'$$),
     ('type, model, output_tokens, reasoning_tokens', $$'chat', 'gpt-5', 1000, -1$$),
+    -- a sum that is out of range, or a name that no index takes, would stop the sums of everybody
+    ('type, tokens, credits', $$'chat', 1000000000001, 1$$),
+    ('type, cached_tokens, credits', $$'chat', 9223372036854775807, 1$$),
+    ('type, model, credits', $$'chat', repeat('m', 256), 1$$),
+    ('type, model, credits', $$'chat', (SELECT string_agg(md5(i::text), '') FROM generate_series(1, 1000) i), 1$$),
+    ('type, provider, credits', $$'chat', repeat('p', 256), 1$$),
     ('type, credits, cost_usd', $$'chat', 1, -0.000000001$$),
     ('type, credits, cost_usd', $$'chat', 1, 'NaN'$$),
     ('type, credits, cost_usd', $$'chat', 1, 'Infinity'$$),
@@ -55,7 +61,15 @@ SELECT credits_used FROM keyvault.credit_status WHERE user_id = 'mf_a';
 SELECT count(*) FROM keyvault.usage_records WHERE user_id = 'mf_a';
 -- The longest and the largest that there may be.
 BEGIN;
-INSERT INTO keyvault.usage_records (user_id, type, credits, cost_usd, tokens) VALUES ('mf_a', repeat('x', 63), 0.000001, 999999999, 9223372036854775807);
+INSERT INTO keyvault.usage_records (user_id, type, provider, model, credits, cost_usd, tokens)
+SELECT repeat('u', 255), repeat('x', 63), repeat('p', 255), string_agg(substr(md5(i::text), 1, 17), ''), 0.000001, 999999999, 1000000000000
+  FROM generate_series(1, 15) i;
+-- Names that are longer still, as version 0.1.0 took them, come by a restore; all are added up.
+INSERT INTO keyvault.usage_records (user_id, provider, model, credits, debit_tag)
+SELECT 'mf_long', repeat('p', 300), string_agg(md5(i::text), ''), 1, 1 FROM generate_series(1, 200) i;
+SELECT 'step' AS step FROM generate_series(1, 50), LATERAL keyvault._roll_up_usage() r WHERE r IS NULL;
+SELECT octet_length(provider), octet_length(model), calls FROM keyvault.usage_daily WHERE user_id = 'mf_long';
+SELECT length(provider), length(model), calls FROM keyvault.usage_by_model WHERE user_id = 'mf_long';
 INSERT INTO keyvault.usage_records (user_id, created_at, credits) VALUES ('mf_a', '1970-01-01 00:00+00', 1), ('mf_a', '9999-12-31 23:59:59.999999+00', 1);
 ROLLBACK;
 

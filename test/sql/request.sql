@@ -61,6 +61,14 @@ SELECT keyvault.request('openai', '[]', user_id => 'rq_b');
 SELECT keyvault.request('openai', '{"stream": true}', user_id => 'rq_b');
 SELECT keyvault.request('openai', '{}', path => '@evil.example/', user_id => 'rq_b');
 SELECT keyvault.request('openai', '{}', path => '/../admin', user_id => 'rq_b');
+SELECT keyvault.request('openai', '{"messages": []}', model => repeat('m', 256), user_id => 'rq_b');
+SELECT keyvault.request('openai', jsonb_build_object('model', repeat('m', 256)), user_id => 'rq_b');
+-- An empty name is no model.
+BEGIN;
+SELECT count(keyvault.request('openai', body, model => model, user_id => 'rq_b'))
+  FROM (VALUES ('{"messages": []}'::jsonb, NULL), ('{"messages": []}', ''), ('{"messages": [], "model": ""}', NULL)) r (body, model);
+SELECT model, estimated_usd, count(*) FROM keyvault.requests WHERE user_id = 'rq_b' AND provider = 'openai' AND model IS NULL GROUP BY 1, 2;
+ROLLBACK;
 SELECT keyvault.request('openai', '{}', path => E'/v1\r\nX-Injected: 1', user_id => 'rq_b');
 SELECT keyvault.request('copilotkit', '{}', user_id => 'rq_b');
 SELECT keyvault.request('openai', '{}', payer => 'boss', user_id => 'rq_b');

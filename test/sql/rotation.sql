@@ -152,7 +152,11 @@ SELECT e.user_id, e.status_reason, e.master_key_version = m.version AS master_ke
   FROM keyvault.erasure_status e, keyvault.master_keys m WHERE m.status = 'primary' AND e.user_id = 'rot_c';
 -- once more changes nothing, and keeps when it was
 SELECT keyvault.erase_user('rot_c');
-SELECT master_key_version IS NOT NULL AS kept FROM keyvault.erasure_status WHERE user_id = 'rot_c';
+SELECT master_key_version IS NOT NULL AS kept, status_reason FROM keyvault.erasure_status WHERE user_id = 'rot_c';
+-- A snapshot of before would not see what has been stored since.
+BEGIN ISOLATION LEVEL REPEATABLE READ;
+SELECT keyvault.erase_user('rot_c');
+ROLLBACK;
 SELECT keyvault.erase_user('rot_nobody');
 -- usage records stay append-only but for that
 UPDATE keyvault.usage_records SET credits = 0, metadata = '{}' WHERE user_id = 'rot_a';

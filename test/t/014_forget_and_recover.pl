@@ -56,6 +56,20 @@ sub error_of { return sql("SELECT error FROM keyvault.requests WHERE id = '$_[0]
 	set_config($node, 'keyvault.max_concurrent_requests_per_user', undef);
 }
 
+# Nor does a request stay whose transaction ends behind an erasure.
+{
+	sql("SELECT keyvault.upsert_user('late')");
+	my $session = $node->background_psql('postgres');
+	$session->query_safe('BEGIN');
+	my $late = $session->query_safe("SELECT keyvault.request('openai', " . chat('late private words') . q{, user_id => 'late', payer => 'platform', metadata => '{"name": "private"}')});
+	sql("SELECT keyvault.erase_user('late')");
+	$session->query_safe('COMMIT');
+	$session->quit;
+	ends_as($node, $late, 'failed', 'a request that an erasure could not see fails');
+	is(mock_received($port, 'late private words'), 0, 'and was not sent');
+	is(sql("SELECT body, metadata FROM keyvault.requests WHERE id = '$late'"), '{}|{"erased": true}', 'what it said is gone');
+}
+
 # Who stores a key at the same time is before or behind an erasure, and leaves nothing under it.
 {
 	sql("SELECT keyvault.upsert_user('racer')");
