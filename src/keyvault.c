@@ -43,7 +43,7 @@ typedef struct KvModule
 /* In the order of the layers, lowest first. */
 static const KvModule modules[] = {
 	{"settings", kv_settings_init},
-	{"redaction", kv_redaction_init},
+	{"redaction", kv_redaction_init, kv_redaction_shmem_size, kv_redaction_shmem_init},
 	{"activity", kv_activity_init},
 	{"catalogue", kv_catalogue_init},
 	{"reveal", kv_reveal_init},

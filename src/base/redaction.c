@@ -17,18 +17,45 @@
 
 #include "base/redaction.h"
 
+#include "access/parallel.h"
+#include "access/twophase.h"
 #include "access/xact.h"
 #include "base/activity.h"
 #include "base/error.h"
 #include "base/secret_text.h"
 #include "base/settings.h"
-#include "tcop/tcopprot.h"
 #include "miscadmin.h"
+#include "port/atomics.h"
+#include "storage/proc.h"
+#include "tcop/tcopprot.h"
 
 static emit_log_hook_type next_emit_log_hook = NULL;
 
 /* The start time of the last statement in which a function took a secret. */
 static TimestampTz marked_statement = 0;
+
+/* The same of the statements whose parallel workers ran it, by the place of the leader's PGPROC. */
+static pg_atomic_uint64 *marked_of_leader = NULL;
+
+static Size
+processes_max(void)
+{
+	return MaxBackends + NUM_AUXILIARY_PROCS + max_prepared_xacts;
+}
+
+Size
+kv_redaction_shmem_size(void)
+{
+	return processes_max() * sizeof(pg_atomic_uint64);
+}
+
+void
+kv_redaction_shmem_init(void *memory, bool found)
+{
+	marked_of_leader = memory;
+	for (Size i = 0; !found && i < processes_max(); i++)
+		pg_atomic_init_u64(&marked_of_leader[i], 0);
+}
 
 /*
  * Declare that the statement under way carries a secret, however its text hides it: what
@@ -38,7 +65,21 @@ void
 kv_redaction_mark_statement(void)
 {
 	marked_statement = GetCurrentStatementStartTimestamp();
+	/* The leader gets what the function returns, and begins the statement at the same time. */
+	if (IsParallelWorker() && MyProc->lockGroupLeader != NULL)
+		pg_atomic_write_u64(&marked_of_leader[MyProc->lockGroupLeader - ProcGlobal->allProcs], (uint64) marked_statement);
 	kv_activity_withhold();
+}
+
+/* Did a function take a secret in the statement under way, here or in a parallel worker? Allocates and throws nothing. */
+static bool
+is_marked(void)
+{
+	TimestampTz now = GetCurrentStatementStartTimestamp();
+
+	return (marked_statement != 0 && marked_statement == now) ||
+		(now != 0 && MyProc != NULL && marked_of_leader != NULL &&
+		 pg_atomic_read_u64(&marked_of_leader[MyProc - ProcGlobal->allProcs]) == (uint64) now);
 }
 
 /* Overwrite a text from a place on with a notice, as far as there is room. */
@@ -159,8 +200,7 @@ redact(ErrorData *edata)
 		edata->message, edata->detail, edata->detail_log, edata->hint,
 		edata->context, edata->internalquery,
 	};
-	bool		sensitive = kv_activity_names_secret() || prints_a_tree(edata) ||
-		(marked_statement != 0 && marked_statement == GetCurrentStatementStartTimestamp());
+	bool		sensitive = kv_activity_names_secret() || prints_a_tree(edata) || is_marked();
 
 	for (size_t i = 0; i < lengthof(fields); i++)
 		if (fields[i])

@@ -9,6 +9,8 @@
 #include "postgres.h"
 
 extern void kv_redaction_init(void);
+extern Size kv_redaction_shmem_size(void);
+extern void kv_redaction_shmem_init(void *memory, bool found);
 extern void kv_redaction_mark_statement(void);
 
 #endif

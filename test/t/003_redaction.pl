@@ -48,6 +48,8 @@ CREATE FUNCTION bump(integer) RETURNS void LANGUAGE plpgsql AS 'BEGIN UPDATE loc
 CREATE FUNCTION innocent(text) RETURNS uuid LANGUAGE plpgsql AS $$BEGIN RETURN keyvault.store_api_key('exa', $1, user_id => 'u'); END$$;
 CREATE FUNCTION innocent_sql(text) RETURNS uuid LANGUAGE sql AS $$SELECT keyvault.store_api_key('exa', $1, user_id => 'u')$$;
 CREATE FUNCTION innocent_number() RETURNS integer LANGUAGE plpgsql AS $$BEGIN RETURN keyvault.user_api_key('exa', 'u'); END$$;
+CREATE FUNCTION innocent_parallel(integer) RETURNS text STABLE PARALLEL SAFE LANGUAGE plpgsql AS $$BEGIN RETURN keyvault.user_api_key('exa', 'u'); END$$;
+CREATE TABLE big AS SELECT generate_series(1, 5000) n;
 CREATE VIEW innocent_view AS SELECT keyvault.user_api_key('exa', 'u') AS t;
 CREATE TABLE staging (owner text, what text);
 CREATE FUNCTION unstage() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN
@@ -124,8 +126,8 @@ sub deadlock
 # Store a key with nothing logged, then run a statement on it.
 sub read_back
 {
-	my ($sql) = @_;
-	return run_sql(\@silent, 'SELECT <store>') . run_sql([], $sql);
+	my ($sql, @options) = @_;
+	return run_sql(\@silent, 'SELECT <store>') . run_sql(\@options, $sql);
 }
 
 sub without_master_key
@@ -150,6 +152,7 @@ sub echo
 # The server logs a statement before it runs, and all it has then is its text. Where that tells nothing, only what has run is logged.
 my $has_run = [ 'log_statement=none' ];
 my $trees = [ @silent, qw(debug_print_parse=on debug_print_rewritten=on debug_print_plan=on log_statement_stats=on) ];
+my $parallel = [ qw(parallel_leader_participation=off parallel_setup_cost=0 parallel_tuple_cost=0 min_parallel_table_scan_size=0) ];
 my $divided = qr/division by zero|durch Null/;
 
 # The roads: a name; messages to the server, or what else to do; how it ends, if not without
@@ -265,6 +268,8 @@ my @roads = (
 		error => qr/integer.*Qz7/ ],
 	[ 'read back in an innocent function', sub { read_back(q~SELECT innocent_number()~) }, error => qr/integer.*Qz7/ ],
 	[ 'read back in an innocent view', sub { read_back(q~SELECT t::integer FROM innocent_view~) }, error => qr/integer.*Qz7/ ],
+	[ 'read back by parallel workers', sub { read_back(q~SELECT max(innocent_parallel(n))::integer FROM big WHERE n <= 20~, @$parallel) },
+		error => qr/integer.*Qz7/ ],
 	[ 'read back into a dynamic statement',
 		sub { read_back(q~DO $$BEGIN EXECUTE format('SELECT %L::text', keyvault.user_api_key('exa', 'u')); END$$~) } ],
 	[ 'read back into a dynamic statement that fails',
