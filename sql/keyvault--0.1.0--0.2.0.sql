@@ -4939,7 +4939,7 @@ BEGIN
     END IF;
 END $$;
 
-CREATE OR REPLACE FUNCTION keyvault.grant_access(role regrole, access text) RETURNS void
+CREATE FUNCTION keyvault._change_access(role regrole, access text, change text) RETURNS void
     LANGUAGE plpgsql
     SET search_path = pg_catalog, pg_temp
 AS $$
@@ -4950,8 +4950,19 @@ BEGIN
         RAISE EXCEPTION 'role must not be NULL' USING ERRCODE = 'null_value_not_allowed', HINT = 'Pass the name of a role.';
     END IF;
     FOR privilege IN SELECT keyvault._access_statements(access) LOOP
-        EXECUTE format('GRANT %s TO %s', privilege, role);
+        EXECUTE format(change, privilege, role);
     END LOOP;
+END $$;
+REVOKE ALL ON FUNCTION keyvault._change_access(role regrole, access text, change text) FROM PUBLIC;
+COMMENT ON FUNCTION keyvault._change_access(regrole, text, text) IS
+    'Carries out a change, with %s for each privilege of an access and for a role: GRANT %s TO %s or REVOKE %s FROM %s. Errors: 22004, 22023, 42501.';
+
+CREATE OR REPLACE FUNCTION keyvault.grant_access(role regrole, access text) RETURNS void
+    LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    PERFORM keyvault._change_access(role, access, 'GRANT %s TO %s');
 END $$;
 COMMENT ON FUNCTION keyvault.grant_access(regrole, text) IS
     'Gives a role an access: app (trusted application, acts for any user), user (acts as the user it proved to be), analyst (everyone''s usage, no keys), admin (plans, prices, users, platform keys, what a provider costs, and which paths the platform pays for, metadata of keys; never plaintext). A superuser calls it. Errors: 22004, 22023, 42501.';
@@ -4961,15 +4972,9 @@ CREATE OR REPLACE FUNCTION keyvault.revoke_access(role regrole, access text) RET
     SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
-    privilege text;
     other text;
 BEGIN
-    IF role IS NULL THEN
-        RAISE EXCEPTION 'role must not be NULL' USING ERRCODE = 'null_value_not_allowed', HINT = 'Pass the name of a role.';
-    END IF;
-    FOR privilege IN SELECT keyvault._access_statements(access) LOOP
-        EXECUTE format('REVOKE %s FROM %s', privilege, role);
-    END LOOP;
+    PERFORM keyvault._change_access(role, access, 'REVOKE %s FROM %s');
     -- Accesses overlap: what another one that the role keeps also gives is given again.
     FOR other IN SELECT substr(p.proname, 2) FROM pg_proc p, aclexplode(p.proacl) a
                   WHERE p.pronamespace = 'keyvault'::regnamespace AND p.proname IN ('_app', '_user', '_analyst', '_admin')
