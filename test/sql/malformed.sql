@@ -67,9 +67,18 @@ SELECT repeat('u', 255), repeat('x', 63), repeat('p', 255), string_agg(substr(md
 -- Names that are longer still, as version 0.1.0 took them, come by a restore; all are added up.
 INSERT INTO keyvault.usage_records (user_id, provider, model, credits, debit_tag)
 SELECT 'mf_long', repeat('p', 300), string_agg(md5(i::text), ''), 1, 1 FROM generate_series(1, 200) i;
+CREATE TABLE keyvault.usage_records_1975_03 PARTITION OF keyvault.usage_records FOR VALUES FROM ('1975-03-01 00:00+00') TO ('1975-04-01 00:00+00');
+INSERT INTO keyvault.usage_records (user_id, provider, model, credits, debit_tag, created_at)
+SELECT user_id, provider, model, credits, debit_tag, t FROM keyvault.usage_records, unnest('{1975-03-05 00:00+00,1976-03-05 00:00+00}'::timestamptz[]) t WHERE user_id = 'mf_long';
 SELECT 'step' AS step FROM generate_series(1, 50), LATERAL keyvault._roll_up_usage() r WHERE r IS NULL;
 SELECT octet_length(provider), octet_length(model), calls FROM keyvault.usage_daily WHERE user_id = 'mf_long';
-SELECT length(provider), length(model), calls FROM keyvault.usage_by_model WHERE user_id = 'mf_long';
+-- Added up anew, and retired from a month of their own and from the default partition, they are the same.
+SELECT keyvault.rebuild_usage_daily() > 0 AS rebuilt;
+SELECT keyvault._retire_usage('1980-01-01'), keyvault._retire_late_usage(10000, '1980-01-01');
+SELECT 'step' AS step FROM generate_series(1, 50), LATERAL keyvault._roll_up_usage() r WHERE r IS NULL;
+SELECT octet_length(provider), octet_length(model), calls FROM keyvault.usage_daily WHERE user_id = 'mf_long';
+SELECT octet_length(provider), octet_length(model), calls FROM keyvault.usage_retired WHERE user_id = 'mf_long';
+SELECT length(provider), length(model), sum(calls) AS calls FROM keyvault.usage_by_model WHERE user_id = 'mf_long' GROUP BY 1, 2;
 INSERT INTO keyvault.usage_records (user_id, created_at, credits) VALUES ('mf_a', '1970-01-01 00:00+00', 1), ('mf_a', '9999-12-31 23:59:59.999999+00', 1);
 ROLLBACK;
 
@@ -118,6 +127,8 @@ SELECT a.function, a.argument, string_agg(CASE WHEN call IS NULL THEN 'not tried
        LATERAL pg_temp.refusal(format('SELECT keyvault.' || call, v)) r
  GROUP BY 1, 2 ORDER BY 1, 2;
 SELECT credits_used, credits_held FROM keyvault.credit_status WHERE user_id = 'mf_a';
+-- All credits of a user together are a number of the table, too.
+SELECT * FROM pg_temp.refusal($$SELECT keyvault.grant_credits('mf_a', 999999999999, 'too much')$$);
 -- Each takes 1.
 BEGIN;
 SELECT a.function, a.argument, r.* FROM amount_call a, LATERAL pg_temp.refusal(format('SELECT keyvault.' || call, 1)) r WHERE r.state <> '';

@@ -185,6 +185,14 @@ foreach my $case (
 	like($answer->{error}, $error, "$directive: error");
 }
 
+# An answer that names a model of more than 255 bytes, which no usage record takes, names none; one of 255 it names.
+{
+	my $asked = answer('openai', chat('[[mock: model=' . 'm' x 256 . ']]'));
+	unlike($asked->{model}, qr/mm/, 'an overlong model of an answer is none');
+	is($asked->{status}, 'done', 'the call is settled');
+	is(answer('openai', chat('[[mock: model=' . 'm' x 255 . ']]'))->{model}, 'm' x 255, 'the longest model of an answer');
+}
+
 # The limit is that of the decoded answer, and holds while it is decoded.
 {
 	my $small = answer('openai', chat('[[mock: gzip tokens=10,5]]'));
